@@ -1,0 +1,28 @@
+"""Strict settings for every test: what shows only on a larger machine should show here first."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before JAX starts: two CPU devices, so that sharding is exercised on a laptop. Speed and bits of
+# one-device programs were measured to stay the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """The folder of the published numbers, named by JAXFI_REFERENCE_DIR; without it, a skip."""
+    folder = os.environ.get("JAXFI_REFERENCE_DIR")
+    if not folder:
+        pytest.skip("JAXFI_REFERENCE_DIR is not set")
+    if not Path(folder).is_dir():
+        pytest.skip(f"JAXFI_REFERENCE_DIR={folder} is not a folder")
+    return Path(folder)
