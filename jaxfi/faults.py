@@ -1,0 +1,403 @@
+"""Faults in stored parameters, as pure transforms of a parameter tree.
+
+Every fault model is one operation on the stored word of one element::
+
+    word' = (word & keep) ^ flip
+
+bit-flip keeps all bits and flips one; stuck-at clears one bit and sets it or not; zero and value
+clear the word and write another. So a batch of mixed faults is four arrays, and `inject` has no
+branches: it can be jitted and vmapped over any batch.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+PyTree = Any
+
+FAULT_MODELS = ("bit-flip", "stuck-at-0", "stuck-at-1", "zero", "value", "null")
+BIT_MODELS = FAULT_MODELS[:3]  # those that name a bit; the others name a whole word
+_CSV_COLUMNS = ("path", "index", "bit", "model", "value", "shape", "dtype")
+
+
+class Fault(NamedTuple):
+    """One fault (scalars), several in the same parameters ([K]), or a batch to vmap over ([F]).
+
+    Attributes:
+      leaf: int32, position of the leaf in `jax.tree.flatten` order.
+      element: int32, flat index into the leaf, C order.
+      keep: unsigned word, the bits of the stored word that survive.
+      flip: unsigned word, the bits inverted after that.
+    """
+
+    leaf: jax.Array
+    element: jax.Array
+    keep: jax.Array
+    flip: jax.Array
+
+
+def word_bits(dtype: Any) -> int:
+    """Width in bits of a stored word of `dtype`: 8, 16, 32 or 64.
+
+    Raises TypeError for a dtype whose storage is not a whole float or integer word.
+
+    >>> word_bits("bfloat16")
+    16
+    """
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        bits = jnp.finfo(dtype).bits
+    elif jnp.issubdtype(dtype, jnp.integer):
+        bits = jnp.iinfo(dtype).bits
+    else:
+        bits = 0
+    if bits != dtype.itemsize * 8:
+        raise TypeError(f"cannot inject faults into dtype {dtype}: allowed are floats and integers")
+    return bits
+
+
+def word_dtype(dtype: Any) -> np.dtype:
+    """The unsigned integer dtype of the same width as `dtype`."""
+    return np.dtype(f"uint{word_bits(dtype)}")
+
+
+def to_words(array: jax.Array) -> jax.Array:
+    """The stored words of `array`, same shape, unsigned."""
+    return lax.bitcast_convert_type(array, word_dtype(array.dtype))
+
+
+def leaf_paths(params: PyTree) -> tuple[str, ...]:
+    """Names of the leaves, `conv1/kernel`, in `jax.tree.flatten` order.
+
+    >>> leaf_paths({"conv1": {"kernel": jnp.zeros(3), "bias": jnp.zeros(1)}})
+    ('conv1/bias', 'conv1/kernel')
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+
+
+def corrupt(array: jax.Array, element: Any, keep: Any, flip: Any) -> jax.Array:
+    """`array` with the words at flat index `element` replaced by `(word & keep) ^ flip`.
+
+    Args:
+      array: any shape, float or integer dtype.
+      element: int scalar or [K], flat indices in C order; one out of range changes nothing.
+      keep, flip: unsigned words, shaped like `element`.
+    """
+    words = to_words(array).reshape(-1)
+    old = words.at[element].get(mode="clip")
+    new = (old & jnp.asarray(keep).astype(words.dtype)) ^ jnp.asarray(flip).astype(words.dtype)
+    words = words.at[element].set(new, mode="drop")
+    return lax.bitcast_convert_type(words, array.dtype).reshape(array.shape)
+
+
+def inject(params: PyTree, fault: Fault) -> PyTree:
+    """`params` with the fault in it: pure, jit-able, and vmap-able over a batch of faults.
+
+    Args:
+      params: any pytree of float or integer arrays.
+      fault: scalars for one fault; arrays [K] inject K faults together, in distinct elements.
+
+    Returns:
+      A tree like `params`. Only the faulty elements differ.
+
+    >>> params = {"w": jnp.ones((2, 3))}
+    >>> faults = FaultList.from_sites([("w", (0, 2), 31)], params)
+    >>> inject(params, faults.fault(0))["w"].tolist()
+    [[1.0, 1.0, -1.0], [1.0, 1.0, 1.0]]
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    faulty = []
+    for number, leaf in enumerate(leaves):
+        array = jnp.asarray(leaf)
+        here = jnp.where(fault.leaf == number, fault.element, array.size)  # out of range: no-op
+        faulty.append(corrupt(array, here, fault.keep, fault.flip))
+    return jax.tree.unflatten(treedef, faulty)
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultList:
+    """An ordered list of F faults in the leaves of one parameter tree (NumPy, on the host).
+
+    Attributes:
+      paths, shapes, dtypes: name, shape and dtype name of every leaf, in tree order.
+      leaf: [F] int32, position in `paths`.
+      element: [F] int64, flat index in the leaf, C order.
+      bit: [F] int16, 0 is the least significant bit; -1 where the model has no bit.
+      model: [F] uint8, position in `FAULT_MODELS`.
+      value: [F] float64, the value written by the model "value"; NaN elsewhere.
+    """
+
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    leaf: np.ndarray
+    element: np.ndarray
+    bit: np.ndarray
+    model: np.ndarray
+    value: np.ndarray
+
+    @classmethod
+    def from_arrays(
+        cls, params: PyTree, leaf: Any, element: Any, bit: Any, model: Any, value: Any = np.nan
+    ) -> FaultList:
+        """A list from arrays that broadcast to [F]; `model` is a name or codes. Not validated."""
+        if isinstance(model, str):
+            model = FAULT_MODELS.index(checked_model(model))
+        columns = np.broadcast_arrays(leaf, element, bit, model, value)
+        types = (np.int32, np.int64, np.int16, np.uint8, np.float64)
+        arrays = [np.array(c, t).reshape(-1) for c, t in zip(columns, types, strict=True)]
+        return cls(*_describe(params), *arrays)
+
+    @classmethod
+    def from_sites(
+        cls,
+        sites: Iterable[tuple[str, int | Sequence[int], int | None]],
+        params: PyTree,
+        *,
+        model: str = "bit-flip",
+        value: float = np.nan,
+    ) -> FaultList:
+        """A list from `(path, index, bit)`: index a tuple or a flat int, bit None for whole words.
+
+        Raises ValueError naming the first row that does not fit `params`.
+        """
+        return _parse_sites(((*site, model, value) for site in sites), params)
+
+    def __len__(self) -> int:
+        return len(self.leaf)
+
+    def __getitem__(self, rows: Any) -> FaultList:
+        """The faults at `rows`: a slice, a mask or an integer array."""
+        columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        return dataclasses.replace(self, **columns)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FaultList):
+            return NotImplemented
+        same_leaves = self._leaves() == other._leaves()
+        return same_leaves and all(
+            np.array_equal(getattr(self, c), getattr(other, c), equal_nan=c == "value")
+            for c in _COLUMNS
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def population(self) -> int:
+        """Possible single faults in the parameters: elements x word bits x 2 transitions."""
+        sizes = [int(np.prod(shape, dtype=object)) for shape in self.shapes]
+        return sum(s * word_bits(d) * 2 for s, d in zip(sizes, self.dtypes, strict=True))
+
+    def _leaves(self) -> tuple:
+        return self.paths, self.shapes, self.dtypes
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """`keep` and `flip` of every fault, [F] uint64, in the low bits of the leaf's width."""
+        width = np.array([word_bits(d) for d in self.dtypes], np.uint64)[self.leaf]
+        ones = np.uint64(2**64 - 1) >> (np.uint64(64) - width)
+        bit = np.uint64(1) << np.maximum(self.bit, 0).astype(np.uint64)
+        name = np.array(FAULT_MODELS)[self.model]
+        keep = np.where(name == "bit-flip", ones, ones & ~bit)
+        keep = np.where(name == "null", ones, keep)
+        keep = np.where(np.isin(name, ("zero", "value")), np.uint64(0), keep)
+        flip = np.where(np.isin(name, ("bit-flip", "stuck-at-1")), bit, np.uint64(0))
+        for number in np.unique(self.leaf[name == "value"]):
+            rows = (name == "value") & (self.leaf == number)
+            dtype = jnp.dtype(self.dtypes[number])
+            with np.errstate(over="ignore"):
+                flip[rows] = self.value[rows].astype(dtype).view(word_dtype(dtype))
+        return keep, flip
+
+    def batch(self) -> Fault:
+        """All faults as one `Fault` of [F] arrays, to vmap `inject` over.
+
+        Raises OverflowError for a leaf of 2**31 elements or more.
+        """
+        if len(self) and self.element.max() >= 2**31 - 1:
+            raise OverflowError("leaves of 2**31 elements or more are not supported")
+        word = np.uint64 if any(word_bits(d) == 64 for d in self.dtypes) else np.uint32
+        keep, flip = (mask.astype(word) for mask in self.masks())
+        return Fault(*map(jnp.asarray, (self.leaf, self.element.astype(np.int32), keep, flip)))
+
+    def fault(self, row: int) -> Fault:
+        """The fault in `row`, as scalars for `inject`."""
+        return jax.tree.map(lambda x: x[0], self[np.array([row])].batch())
+
+    def words(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        """The stored words before and after each fault, two [F] uint64 arrays."""
+        self.validate(params)
+        before = np.zeros(len(self), np.uint64)
+        leaves = jax.tree.leaves(params)
+        for number in np.unique(self.leaf):
+            rows = self.leaf == number
+            stored = np.asarray(leaves[number]).reshape(-1)
+            before[rows] = stored[self.element[rows]].view(word_dtype(stored.dtype))
+        keep, flip = self.masks()
+        return before, (before & keep) ^ flip
+
+    def activated(self, params: PyTree) -> np.ndarray:
+        """[F] bool: the fault changes the stored word. A stuck-at fault often does not."""
+        before, after = self.words(params)
+        return before != after
+
+    def values(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        """The parameter's value before and after each fault, two [F] float64 arrays."""
+        numbers = []
+        for words in self.words(params):
+            number = np.zeros(len(self), np.float64)
+            for leaf in np.unique(self.leaf):
+                rows = self.leaf == leaf
+                dtype = jnp.dtype(self.dtypes[leaf])
+                number[rows] = words[rows].astype(word_dtype(dtype)).view(dtype).astype(np.float64)
+            numbers.append(number)
+        return numbers[0], numbers[1]
+
+    def validate(self, params: PyTree) -> None:
+        """Raises ValueError, naming path, shape and dtype, if the list is for other parameters."""
+        here = _described(params)
+        for path, shape, dtype in zip(*self._leaves(), strict=True):
+            if here.get(path) != (shape, dtype):
+                found = "no such leaf" if path not in here else "{1} {0}".format(*here[path])
+                raise ValueError(
+                    f"the fault list is for other parameters: it has {path} {dtype} {shape}, "
+                    f"the parameters have {found}"
+                )
+        if len(here) != len(self.paths):
+            extra = sorted(set(here) - set(self.paths))
+            raise ValueError(f"the fault list is for other parameters: it lacks leaf {extra[0]}")
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Writes one row a fault: path, index, bit, model, value, and the leaf's shape and dtype."""
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(_CSV_COLUMNS)
+            for leaf, element, bit, model, value in zip(
+                *(getattr(self, name).tolist() for name in _COLUMNS), strict=True
+            ):
+                shape = self.shapes[leaf]
+                index = tuple(int(i) for i in np.unravel_index(element, shape)) if shape else ()
+                name = FAULT_MODELS[model]
+                bit_text = bit if name in BIT_MODELS else ""
+                value_text = repr(value) if name == "value" else ""
+                described = (bit_text, name, value_text, shape, self.dtypes[leaf])
+                writer.writerow((self.paths[leaf], index, *described))
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike, params: PyTree) -> FaultList:
+        """Reads what `to_csv` wrote. Raises ValueError naming the first row that does not fit."""
+        with open(path, newline="", encoding="utf-8", errors="strict") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != _CSV_COLUMNS:
+                raise ValueError(f"{path}: columns are {reader.fieldnames}, not {_CSV_COLUMNS}")
+            return _parse_sites(_csv_rows(reader, _described(params), path), params)
+
+
+_COLUMNS = ("leaf", "element", "bit", "model", "value")
+
+
+def checked_model(model: str) -> str:
+    """`model` if it is a fault model; ValueError, listing those allowed, if not."""
+    if model not in FAULT_MODELS:
+        raise ValueError(f"unknown fault model {model!r}: allowed are {', '.join(FAULT_MODELS)}")
+    return model
+
+
+def parse_index(text: str) -> tuple[int, ...] | int:
+    """`(3, 0, 2)` as a tuple, `12` as an int. ValueError for anything else."""
+    if re.fullmatch(r"\s*\d{1,18}\s*", text):
+        return int(text)
+    match = re.fullmatch(r"\s*\(((?:\s*\d{1,18}\s*,?)*)\)\s*", text)
+    if not match:
+        raise ValueError(f"{text!r} is not an index: allowed are a tuple (3, 0, 2) and an integer")
+    return tuple(int(i) for i in re.findall(r"\d+", match[1]))
+
+
+def _describe(params: PyTree) -> tuple[tuple, tuple, tuple]:
+    """Path, shape and dtype name of every leaf; TypeError for one that is not a numeric array."""
+    paths, leaves = leaf_paths(params), jax.tree.leaves(params)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise TypeError(f"leaf {path} is a {type(leaf).__name__}: allowed are arrays")
+    shapes = tuple(tuple(leaf.shape) for leaf in leaves)
+    return paths, shapes, tuple(str(jnp.dtype(leaf.dtype)) for leaf in leaves)
+
+
+def _described(params: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {path: (shape, dtype) for path, shape, dtype in zip(*_describe(params), strict=True)}
+
+
+def _csv_rows(reader: Iterable[dict], described: dict, path: Any) -> Iterable[tuple]:
+    for number, row in enumerate(reader):
+        try:
+            where = (str(parse_index(row["shape"])), row["dtype"])
+            expected = described.get(row["path"])
+            if expected and where != (str(expected[0]), expected[1]):
+                raise ValueError(
+                    f"it is for {row['path']} {row['dtype']} {row['shape']}, "
+                    f"the parameters have {expected[1]} {expected[0]}"
+                )
+            bit = int(row["bit"]) if row["bit"] else None
+            value = float(row["value"]) if row["value"] else np.nan
+            yield row["path"], parse_index(row["index"]), bit, row["model"], value
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: row {number}: {error}") from None
+
+
+def _parse_sites(rows: Iterable[tuple], params: PyTree) -> FaultList:
+    """Checks `(path, index, bit, model, value)` rows against `params`."""
+    paths, shapes, dtypes = _describe(params)
+    number_of = {path: number for number, path in enumerate(paths)}
+    parsed: list[tuple] = []
+    for row, (path, index, bit, model, value) in enumerate(rows):
+        try:
+            if path not in number_of:
+                raise ValueError(f"no leaf {path!r}: the leaves are {', '.join(paths)}")
+            leaf = number_of[path]
+            element = _flat_index(index, shapes[leaf])
+            bit = _checked_bit(bit, checked_model(model), dtypes[leaf])
+            _check_value(value, model, dtypes[leaf])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"fault {row}: {error}") from None
+        parsed.append((leaf, element, bit, FAULT_MODELS.index(model), value))
+    columns = list(zip(*parsed, strict=True)) or [()] * 5
+    return FaultList.from_arrays(params, *columns)
+
+
+def _flat_index(index: int | Sequence[int], shape: tuple[int, ...]) -> int:
+    size = int(np.prod(shape, dtype=np.int64))
+    given = tuple(index) if isinstance(index, Sequence) else int(index)
+    if isinstance(given, int):
+        if 0 <= given < size:
+            return given
+    elif len(given) == len(shape) and all(0 <= i < n for i, n in zip(given, shape, strict=True)):
+        return int(np.ravel_multi_index(given, shape)) if shape else 0
+    raise ValueError(f"index {index} is outside the leaf's shape {shape}")
+
+
+def _checked_bit(bit: int | None, model: str, dtype: str) -> int:
+    if model not in BIT_MODELS:
+        return -1
+    width = word_bits(dtype)
+    if bit is None or not 0 <= bit < width:
+        raise ValueError(f"bit {bit} is outside a {dtype} word: allowed are 0 to {width - 1}")
+    return int(bit)
+
+
+def _check_value(value: float, model: str, dtype: str) -> None:
+    if model != "value" or not jnp.issubdtype(jnp.dtype(dtype), jnp.integer):
+        return
+    limits = jnp.iinfo(dtype)
+    if not (float(value).is_integer() and int(limits.min) <= value <= int(limits.max)):
+        allowed = f"integers from {limits.min} to {limits.max}"
+        raise ValueError(f"value {value} does not fit {dtype}: allowed are {allowed}")

@@ -1,0 +1,155 @@
+"""What a fault did to the output, and how often, with confidence intervals.
+
+Outcome of one (fault, image) on the network's output vector: 0 masked, bit-identical to golden;
+1 non-critical, differs with the same argmax; 2 critical (SDC-1), argmax differs. A faulty output
+that holds NaN or Inf is a DUE as well, counted beside the three.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfi.faults import to_words
+
+MASKED, NON_CRITICAL, CRITICAL = 0, 1, 2
+NAN_POLICIES = ("critical", "argmax")
+
+
+class Estimate(NamedTuple):
+    """A rate and its confidence interval, fractions."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Rates(NamedTuple):
+    """The rates of a campaign over all its (fault, image) pairs."""
+
+    masked: Estimate
+    non_critical: Estimate
+    critical: Estimate
+    due: Estimate
+    faulty_accuracy: Estimate
+
+
+class Verdict(NamedTuple):
+    """What came of faulty outputs, arrays shaped like the batch.
+
+    Attributes:
+      outcome: uint8, `MASKED`, `NON_CRITICAL` or `CRITICAL`.
+      due: bool, the faulty output holds NaN or Inf.
+      correct: bool, the faulty prediction is the label.
+    """
+
+    outcome: jax.Array
+    due: jax.Array
+    correct: jax.Array
+
+
+def checked_nan_policy(nan: str) -> str:
+    """`nan` if it is a policy for NaN outputs; ValueError, listing those allowed, if not."""
+    if nan not in NAN_POLICIES:
+        raise ValueError(f"unknown nan policy {nan!r}: allowed are {', '.join(NAN_POLICIES)}")
+    return nan
+
+
+def judge(golden: jax.Array, faulty: jax.Array, labels: jax.Array, nan: str) -> Verdict:
+    """Classifies faulty outputs against golden ones. Pure; jit-able with `nan` static.
+
+    Args:
+      golden, faulty: [..., N, classes], equal dtypes; they broadcast.
+      labels: [N] integers.
+      nan: "critical" calls a changed output with a NaN critical and its prediction wrong;
+        "argmax" takes it as argmax does (first NaN, so class 0 when all are), as published tools.
+    """
+    same_bits = jnp.all(to_words(golden) == to_words(faulty), axis=-1)
+    prediction = jnp.argmax(faulty, axis=-1)
+    wrong = prediction != jnp.argmax(golden, axis=-1)
+    correct = prediction == labels
+    if nan == "critical":
+        any_nan = jnp.any(jnp.isnan(faulty), axis=-1)
+        wrong, correct = wrong | any_nan, correct & ~any_nan
+    changed = jnp.where(wrong, CRITICAL, NON_CRITICAL)
+    outcome = jnp.where(same_bits, MASKED, changed).astype(jnp.uint8)
+    return Verdict(outcome, ~jnp.all(jnp.isfinite(faulty), axis=-1), correct)
+
+
+def classify(
+    golden: jax.Array, faulty: jax.Array, nan: str = "critical"
+) -> tuple[jax.Array, jax.Array]:
+    """Outcome and DUE of each faulty output.
+
+    Args:
+      golden, faulty: [..., N, classes], equal dtypes; they broadcast.
+      nan: see `judge`.
+
+    Returns:
+      outcome [..., N] uint8 and due [..., N] bool.
+
+    >>> outcome, due = classify(jnp.array([[1.0, 2.0]]), jnp.array([[1.5, 2.0]]))
+    >>> int(outcome[0]), bool(due[0])
+    (1, False)
+    """
+    verdict = judge(golden, faulty, jnp.zeros((), jnp.int32), checked_nan_policy(nan))
+    return verdict.outcome, verdict.due
+
+
+def shares(outcomes: np.ndarray, outcome: int) -> np.ndarray:
+    """Share of each fault's images with this outcome, [F] float64."""
+    return np.mean(outcomes == outcome, axis=1)
+
+
+def estimate_rate(
+    per_fault: np.ndarray, num_images: int, population: int, t: float = 2.58
+) -> Estimate:
+    """Mean of per-fault shares, with an interval that takes each fault as one cluster.
+
+    The images of one fault are not independent: the variance is that between faults, times the
+    finite-population correction 1 - F/N. The interval is Wilson's at the effective sample size
+    p(1-p)/variance (Franco et al., J. Surv. Stat. Methodol. 2019), so that it has a width at 0
+    and 1 too.
+
+    Args:
+      per_fault: [F] shares in [0, 1].
+      num_images: images per fault; caps the effective sample size at all pairs.
+      population: N, possible faults.
+      t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+    """
+    num_faults = len(per_fault)
+    mean = float(np.mean(per_fault))
+    correction = max(1 - num_faults / population, 0.0)
+    if correction == 0:
+        return Estimate(mean, mean, mean)
+    variance = float(np.var(per_fault, ddof=1)) if num_faults > 1 else mean * (1 - mean)
+    spread = mean * (1 - mean)
+    size = spread / variance * num_faults if variance > 0 else float(num_faults)
+    if spread > 0 and variance == 0:
+        size = float(num_faults * num_images)
+    size = min(size, num_faults * num_images) / correction
+    center = (mean + t**2 / (2 * size)) / (1 + t**2 / size)
+    half = t * math.sqrt(spread / size + t**2 / (4 * size**2)) / (1 + t**2 / size)
+    return Estimate(mean, min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean))
+
+
+def estimate_difference(
+    before: np.ndarray, after: np.ndarray, population: int, t: float = 2.58
+) -> Estimate:
+    """Mean of `after - before` over faults that were injected into both, with its interval.
+
+    Args:
+      before, after: [F] shares of the same fault list.
+      population, t: as in `estimate_rate`.
+    """
+    difference = np.asarray(after) - np.asarray(before)
+    mean = float(np.mean(difference))
+    if len(difference) < 2:
+        return Estimate(mean, -1.0, 1.0)
+    correction = max(1 - len(difference) / population, 0.0)
+    half = t * math.sqrt(float(np.var(difference, ddof=1)) / len(difference) * correction)
+    return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0))
