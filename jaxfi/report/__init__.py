@@ -1,0 +1,1 @@
+"""Campaigns as tables and figures: `jaxfi.report.tables`, `jaxfi.report.figures`."""

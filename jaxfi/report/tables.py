@@ -1,0 +1,164 @@
+"""The paper's table, from campaigns: CSV, Markdown, LaTeX and terminal."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxfi.campaign import Campaign
+from jaxfi.outcomes import Estimate, Rates
+from jaxfi.report.files import write_text
+
+COLUMNS = (
+    "dataset", "model", "loss", "optimizer", "epochs", "alpha", "clean_acc", "faulty_acc",
+    "masked", "non_critical", "critical", "due", "num_faults", "num_images",
+)  # fmt: skip
+HEADINGS = ("Model", "Loss", "Clean Acc", "Faulty Acc", "Masked", "Not Critical", "Critical")
+
+
+class TableRow(NamedTuple):
+    """One campaign on one trained network.
+
+    Attributes:
+      dataset, model, loss, optimizer: names as in the flags; loss is "default" or "gradient".
+      epochs: epochs trained.
+      alpha: weight of the gradient penalty, 0 for the default loss.
+      clean_accuracy: fraction of correct golden predictions.
+      rates: outcome shares, DUE share and faulty accuracy, fractions with intervals.
+      num_faults, num_images: size of the campaign.
+    """
+
+    dataset: str
+    model: str
+    loss: str
+    optimizer: str
+    epochs: int
+    alpha: float
+    clean_accuracy: float
+    rates: Rates
+    num_faults: int
+    num_images: int
+
+
+def table_row(
+    campaign: Campaign,
+    *,
+    dataset: str,
+    model: str,
+    loss: str,
+    optimizer: str,
+    epochs: int,
+    alpha: float,
+    population: int | None = None,
+    t: float = 2.58,
+) -> TableRow:
+    """The table's row of one campaign.
+
+    Args:
+      campaign: F faults, N images.
+      dataset, model, loss, optimizer, epochs, alpha: what was trained; see `TableRow`.
+      population: number of possible faults the list was drawn from; None means infinitely many.
+      t: half-width of the intervals in standard errors; 2.58 is 99 %.
+    """
+    num_faults, num_images = campaign.outcomes.shape
+    rates = campaign.rates(population=population, t=t)
+    return TableRow(
+        dataset, model, loss, optimizer, epochs, alpha,
+        campaign.clean_accuracy, rates, num_faults, num_images,
+    )  # fmt: skip
+
+
+def write_csv(rows: Sequence[TableRow], path: str | os.PathLike[str]) -> None:
+    """Writes `rows` with the columns of `COLUMNS`; accuracies and shares are percentages."""
+    with write_text(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(_values(row) for row in rows)
+
+
+def write_markdown(
+    rows: Sequence[TableRow], difference: Estimate, path: str | os.PathLike[str]
+) -> None:
+    """Writes `rows` and the paired difference of Masked (a fraction) as a Markdown table."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * 2 + "---:|" * 5]
+    lines += [f"| {' | '.join(_cells(row, '{} [{}, {}]'))} |" for row in rows]
+    with write_text(path) as file:
+        file.write("\n".join([*lines, "", _caption(rows), _difference(difference), ""]))
+
+
+def write_latex(
+    rows: Sequence[TableRow], difference: Estimate, path: str | os.PathLike[str]
+) -> None:
+    """Writes `rows` as a booktabs `tabular`, with the paired difference of Masked below it."""
+    interval = r"\begin{{tabular}}{{@{{}}r@{{}}}}{}\\{{\scriptsize [{}, {}]}}\end{{tabular}}"
+    body = [_latex(" & ".join(_cells(row, interval))) + r" \\" for row in rows]
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        r"\begin{tabular}{llrrrrr}",
+        r"\toprule",
+        " & ".join(HEADINGS) + r" \\",
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\multicolumn{7}{@{}l}{\footnotesize " + _latex(_caption(rows)) + r"} \\",
+        r"\multicolumn{7}{@{}l}{\footnotesize " + _latex(_difference(difference)) + "}",
+        r"\end{tabular}",
+    ]
+    with write_text(path) as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def print_table(
+    rows: Sequence[TableRow], difference: Estimate, console: Console | None = None
+) -> None:
+    """Prints the paper's table, percentages over their intervals, and the paired difference."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 100)  # a log file need not wrap
+    table = Table(caption=f"{_caption(rows)}\n{_difference(difference)}", caption_justify="left")
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row, "{}\n[dim]{}–{}[/dim]"), end_section=True)
+    console.print(table)
+
+
+def _values(row: TableRow) -> list[str | int | float]:
+    rates = row.rates
+    shares = (rates.faulty_accuracy, rates.masked, rates.non_critical, rates.critical, rates.due)
+    percentages = [row.clean_accuracy, *(share.value for share in shares)]
+    return [
+        row.dataset, row.model, row.loss, row.optimizer, row.epochs, row.alpha,
+        *(round(100 * fraction, 6) for fraction in percentages),
+        row.num_faults, row.num_images,
+    ]  # fmt: skip
+
+
+def _cells(row: TableRow, interval: str) -> list[str]:
+    rates = row.rates
+    shares = (rates.faulty_accuracy, rates.masked, rates.non_critical, rates.critical)
+    loss = f"gradient, α={row.alpha:g}" if row.alpha else row.loss
+    percentages = [interval.format(*(f"{100 * x:.2f}" for x in share)) for share in shares]
+    return [row.model, loss, f"{100 * row.clean_accuracy:.2f}", *percentages]
+
+
+def _caption(rows: Sequence[TableRow]) -> str:
+    first = rows[0]
+    return f"{first.dataset}, {first.num_faults:,} faults × {first.num_images:,} images, percent."
+
+
+def _difference(difference: Estimate) -> str:
+    value, low, high = (100 * fraction for fraction in difference)
+    return f"Masked, gradient − default, paired: {value:+.2f} [{low:+.2f}, {high:+.2f}] points."
+
+
+def _latex(text: str) -> str:
+    """`text` with what plain LaTeX does not print put in math mode."""
+    for character, command in (("α", r"$\alpha$"), ("×", r"$\times$"), ("−", "--")):
+        text = text.replace(character, command)
+    return text.replace("_", r"\_")
