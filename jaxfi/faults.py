@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,9 +92,11 @@ def corrupt(array: jax.Array, element: Any, keep: Any, flip: Any) -> jax.Array:
 
     Args:
       array: any shape, float or integer dtype.
-      element: int scalar or [K], flat indices in C order; one out of range changes nothing.
+      element: int scalar or [K], flat indices in C order; one past the end changes nothing.
       keep, flip: unsigned words, shaped like `element`.
     """
+    if array.size == 0:
+        return array
     words = to_words(array).reshape(-1)
     old = words.at[element].get(mode="clip")
     new = (old & jnp.asarray(keep).astype(words.dtype)) ^ jnp.asarray(flip).astype(words.dtype)
@@ -125,7 +128,7 @@ def inject(params: PyTree, fault: Fault) -> PyTree:
     return jax.tree.unflatten(treedef, faulty)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FaultList:
     """An ordered list of F faults in the leaves of one parameter tree (NumPy, on the host).
 
@@ -166,20 +169,24 @@ class FaultList:
         params: PyTree,
         *,
         model: str = "bit-flip",
-        value: float = np.nan,
+        value: float | None = None,
     ) -> FaultList:
         """A list from `(path, index, bit)`: index a tuple or a flat int, bit None for whole words.
 
-        Raises ValueError naming the first row that does not fit `params`.
+        `value` is what the model "value" writes, rounded to the leaf's dtype. Raises ValueError
+        naming the first fault that does not fit `params`.
         """
+        checked_model(model)
         return _parse_sites(((*site, model, value) for site in sites), params)
 
     def __len__(self) -> int:
         return len(self.leaf)
 
     def __getitem__(self, rows: Any) -> FaultList:
-        """The faults at `rows`: a slice, a mask or an integer array."""
-        columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        """The faults at `rows`, a list again: a slice, a mask, an integer array or one integer."""
+        columns: dict[str, Any] = {
+            name: np.atleast_1d(getattr(self, name)[rows]) for name in _COLUMNS
+        }
         return dataclasses.replace(self, **columns)
 
     def __eq__(self, other: object) -> bool:
@@ -190,8 +197,6 @@ class FaultList:
             np.array_equal(getattr(self, c), getattr(other, c), equal_nan=c == "value")
             for c in _COLUMNS
         )
-
-    __hash__ = None  # type: ignore[assignment]
 
     @property
     def population(self) -> int:
@@ -222,11 +227,15 @@ class FaultList:
     def batch(self) -> Fault:
         """All faults as one `Fault` of [F] arrays, to vmap `inject` over.
 
-        Raises OverflowError for a leaf of 2**31 elements or more.
+        Raises OverflowError for a leaf of 2**31 elements or more, and ValueError for a 64-bit leaf
+        where JAX would cut it to 32 bits.
         """
+        wide = [p for p, d in zip(self.paths, self.dtypes, strict=True) if word_bits(d) == 64]
+        if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            raise ValueError(f"leaf {wide[0]} has 64-bit words: set jax_enable_x64 or cast it")
         if len(self) and self.element.max() >= 2**31 - 1:
             raise OverflowError("leaves of 2**31 elements or more are not supported")
-        word = np.uint64 if any(word_bits(d) == 64 for d in self.dtypes) else np.uint32
+        word = np.uint64 if wide else np.uint32
         keep, flip = (mask.astype(word) for mask in self.masks())
         return Fault(*map(jnp.asarray, (self.leaf, self.element.astype(np.int32), keep, flip)))
 
@@ -252,14 +261,19 @@ class FaultList:
         return before != after
 
     def values(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
-        """The parameter's value before and after each fault, two [F] float64 arrays."""
+        """The parameter's value before and after each fault, two [F] float64 arrays.
+
+        Exact, but for 64-bit integers beyond 2**53.
+        """
         numbers = []
         for words in self.words(params):
             number = np.zeros(len(self), np.float64)
             for leaf in np.unique(self.leaf):
                 rows = self.leaf == leaf
                 dtype = jnp.dtype(self.dtypes[leaf])
-                number[rows] = words[rows].astype(word_dtype(dtype)).view(dtype).astype(np.float64)
+                stored = words[rows].astype(word_dtype(dtype)).view(dtype)
+                with np.errstate(invalid="ignore"):  # a fault can make a signalling NaN
+                    number[rows] = stored.astype(np.float64)
             numbers.append(number)
         return numbers[0], numbers[1]
 
@@ -276,10 +290,15 @@ class FaultList:
         if len(here) != len(self.paths):
             extra = sorted(set(here) - set(self.paths))
             raise ValueError(f"the fault list is for other parameters: it lacks leaf {extra[0]}")
+        if tuple(here) != self.paths:
+            raise ValueError(
+                "the fault list is for other parameters: it has the leaves in the order "
+                f"{', '.join(self.paths)}, the parameters have {', '.join(here)}"
+            )
 
     def to_csv(self, path: str | os.PathLike) -> None:
-        """Writes one row a fault: path, index, bit, model, value, and the leaf's shape and dtype."""
-        with open(path, "w", newline="") as file:
+        """Writes one row a fault: path, index, bit, model, value, the leaf's shape and dtype."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(_CSV_COLUMNS)
             for leaf, element, bit, model, value in zip(
@@ -295,12 +314,19 @@ class FaultList:
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike, params: PyTree) -> FaultList:
-        """Reads what `to_csv` wrote. Raises ValueError naming the first row that does not fit."""
-        with open(path, newline="", encoding="utf-8", errors="strict") as file:
-            reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != _CSV_COLUMNS:
-                raise ValueError(f"{path}: columns are {reader.fieldnames}, not {_CSV_COLUMNS}")
-            return _parse_sites(_csv_rows(reader, _described(params), path), params)
+        """Reads what `to_csv` wrote. Raises ValueError naming the first fault that does not fit."""
+        # Bytes that are not UTF-8 become surrogates, which no field allows: the row is named.
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.reader(file, strict=True)
+            try:
+                header = tuple(next(reader, ()))
+                if header != _CSV_COLUMNS:
+                    raise ValueError(f"columns are {header!r}, not {_CSV_COLUMNS}")
+                return _parse_sites(_csv_rows(reader, _described(params)), params)
+            except csv.Error as error:
+                raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
 
 
 _COLUMNS = ("leaf", "element", "bit", "model", "value")
@@ -315,12 +341,12 @@ def checked_model(model: str) -> str:
 
 def parse_index(text: str) -> tuple[int, ...] | int:
     """`(3, 0, 2)` as a tuple, `12` as an int. ValueError for anything else."""
-    if re.fullmatch(r"\s*\d{1,18}\s*", text):
+    if re.fullmatch(r"[0-9]{1,18}", text):
         return int(text)
-    match = re.fullmatch(r"\s*\(((?:\s*\d{1,18}\s*,?)*)\)\s*", text)
-    if not match:
-        raise ValueError(f"{text!r} is not an index: allowed are a tuple (3, 0, 2) and an integer")
-    return tuple(int(i) for i in re.findall(r"\d+", match[1]))
+    if not re.fullmatch(r"\((?:[0-9]{1,18}, ?)*(?:[0-9]{1,18})?\)", text):
+        shown = text if len(text) < 80 else text[:80] + "..."
+        raise ValueError(f"{shown!r} is not an index: allowed are a tuple (3, 0, 2) and an integer")
+    return tuple(int(i) for i in re.findall(r"[0-9]+", text))
 
 
 def _describe(params: PyTree) -> tuple[tuple, tuple, tuple]:
@@ -329,6 +355,8 @@ def _describe(params: PyTree) -> tuple[tuple, tuple, tuple]:
     for path, leaf in zip(paths, leaves, strict=True):
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise TypeError(f"leaf {path} is a {type(leaf).__name__}: allowed are arrays")
+        if paths.count(path) > 1:
+            raise ValueError(f"two leaves have the path {path}: a fault could not name its leaf")
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
     return paths, shapes, tuple(str(jnp.dtype(leaf.dtype)) for leaf in leaves)
 
@@ -337,21 +365,23 @@ def _described(params: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
     return {path: (shape, dtype) for path, shape, dtype in zip(*_describe(params), strict=True)}
 
 
-def _csv_rows(reader: Iterable[dict], described: dict, path: Any) -> Iterable[tuple]:
-    for number, row in enumerate(reader):
+def _csv_rows(rows: Iterable[list[str]], described: dict) -> Iterator[tuple]:
+    for number, row in enumerate(rows):
         try:
-            where = (str(parse_index(row["shape"])), row["dtype"])
-            expected = described.get(row["path"])
-            if expected and where != (str(expected[0]), expected[1]):
+            if len(row) != len(_CSV_COLUMNS):
+                raise ValueError(f"it has {len(row)} fields, not {len(_CSV_COLUMNS)}")
+            path, index, bit, model, value, shape, dtype = row
+            expected = described.get(path)
+            if expected and (parse_index(shape), dtype) != expected:
                 raise ValueError(
-                    f"it is for {row['path']} {row['dtype']} {row['shape']}, "
+                    f"it is for {path} {dtype!r} {shape}, "
                     f"the parameters have {expected[1]} {expected[0]}"
                 )
-            bit = int(row["bit"]) if row["bit"] else None
-            value = float(row["value"]) if row["value"] else np.nan
-            yield row["path"], parse_index(row["index"]), bit, row["model"], value
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: row {number}: {error}") from None
+            number_of_bit = int(bit) if bit else None
+            site = path, parse_index(index), number_of_bit, model, float(value) if value else None
+        except ValueError as error:
+            raise ValueError(f"fault {number}: {error}") from None
+        yield site
 
 
 def _parse_sites(rows: Iterable[tuple], params: PyTree) -> FaultList:
@@ -359,14 +389,15 @@ def _parse_sites(rows: Iterable[tuple], params: PyTree) -> FaultList:
     paths, shapes, dtypes = _describe(params)
     number_of = {path: number for number, path in enumerate(paths)}
     parsed: list[tuple] = []
-    for row, (path, index, bit, model, value) in enumerate(rows):
+    for row, site in enumerate(rows):
         try:
+            path, index, bit, model, value = site
             if path not in number_of:
                 raise ValueError(f"no leaf {path!r}: the leaves are {', '.join(paths)}")
             leaf = number_of[path]
             element = _flat_index(index, shapes[leaf])
             bit = _checked_bit(bit, checked_model(model), dtypes[leaf])
-            _check_value(value, model, dtypes[leaf])
+            value = checked_value(value, model, dtypes[leaf])
         except (ValueError, TypeError) as error:
             raise ValueError(f"fault {row}: {error}") from None
         parsed.append((leaf, element, bit, FAULT_MODELS.index(model), value))
@@ -375,13 +406,11 @@ def _parse_sites(rows: Iterable[tuple], params: PyTree) -> FaultList:
 
 
 def _flat_index(index: int | Sequence[int], shape: tuple[int, ...]) -> int:
-    size = int(np.prod(shape, dtype=np.int64))
-    given = tuple(index) if isinstance(index, Sequence) else int(index)
-    if isinstance(given, int):
-        if 0 <= given < size:
-            return given
-    elif len(given) == len(shape) and all(0 <= i < n for i, n in zip(given, shape, strict=True)):
-        return int(np.ravel_multi_index(given, shape)) if shape else 0
+    if not isinstance(index, Sequence):
+        if 0 <= operator.index(index) < int(np.prod(shape, dtype=object)):
+            return operator.index(index)
+    elif len(index) == len(shape) and all(0 <= i < n for i, n in zip(index, shape, strict=True)):
+        return int(np.ravel_multi_index(tuple(index), shape)) if shape else 0
     raise ValueError(f"index {index} is outside the leaf's shape {shape}")
 
 
@@ -389,15 +418,20 @@ def _checked_bit(bit: int | None, model: str, dtype: str) -> int:
     if model not in BIT_MODELS:
         return -1
     width = word_bits(dtype)
-    if bit is None or not 0 <= bit < width:
+    if bit is None or not 0 <= operator.index(bit) < width:
         raise ValueError(f"bit {bit} is outside a {dtype} word: allowed are 0 to {width - 1}")
-    return int(bit)
+    return operator.index(bit)
 
 
-def _check_value(value: float, model: str, dtype: str) -> None:
-    if model != "value" or not jnp.issubdtype(jnp.dtype(dtype), jnp.integer):
-        return
-    limits = jnp.iinfo(dtype)
-    if not (float(value).is_integer() and int(limits.min) <= value <= int(limits.max)):
-        allowed = f"integers from {limits.min} to {limits.max}"
-        raise ValueError(f"value {value} does not fit {dtype}: allowed are {allowed}")
+def checked_value(value: float | None, model: str, dtype: str) -> float:
+    """`value` as the model "value" can write it to `dtype`, NaN for other models; or ValueError."""
+    if model != "value":
+        return np.nan
+    if value is None:
+        raise ValueError('the fault model "value" needs a value')
+    if jnp.issubdtype(jnp.dtype(dtype), jnp.integer):
+        limits = jnp.iinfo(dtype)
+        if not (float(value).is_integer() and int(limits.min) <= value <= int(limits.max)):
+            allowed = f"integers from {limits.min} to {limits.max}"
+            raise ValueError(f"value {value} does not fit {dtype}: allowed are {allowed}")
+    return float(value)

@@ -64,14 +64,17 @@ def judge(golden: jax.Array, faulty: jax.Array, labels: jax.Array, nan: str) -> 
 
     Args:
       golden, faulty: [..., N, classes], equal dtypes; they broadcast.
-      labels: [N] integers.
+      labels: [..., N] integers; they broadcast too.
       nan: "critical" calls a changed output with a NaN critical and its prediction wrong;
         "argmax" takes it as argmax does (first NaN, so class 0 when all are), as published tools.
     """
+    if golden.dtype != faulty.dtype:
+        raise TypeError(f"golden outputs are {golden.dtype}, faulty ones {faulty.dtype}")
+    golden, faulty = jnp.broadcast_arrays(golden, faulty)
     same_bits = jnp.all(to_words(golden) == to_words(faulty), axis=-1)
     prediction = jnp.argmax(faulty, axis=-1)
     wrong = prediction != jnp.argmax(golden, axis=-1)
-    correct = prediction == labels
+    correct = prediction == jnp.broadcast_to(labels, prediction.shape)
     if nan == "critical":
         any_nan = jnp.any(jnp.isnan(faulty), axis=-1)
         wrong, correct = wrong | any_nan, correct & ~any_nan
@@ -120,8 +123,12 @@ def estimate_rate(
       num_images: images per fault; caps the effective sample size at all pairs.
       population: N, possible faults.
       t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+
+    Raises ValueError for no faults or no images.
     """
     num_faults = len(per_fault)
+    if num_faults == 0 or num_images == 0:
+        raise ValueError(f"no rate of {num_faults} faults x {num_images} images: both must be > 0")
     mean = float(np.mean(per_fault))
     correction = max(1 - num_faults / population, 0.0)
     if correction == 0:
@@ -142,14 +149,23 @@ def estimate_difference(
 ) -> Estimate:
     """Mean of `after - before` over faults that were injected into both, with its interval.
 
+    The variance is that between faults, with one fault more that gained everything and one that
+    lost everything, half a count each (after Agresti and Min, Statist. Med. 2005): so an interval
+    has a width where no fault made a difference, and a thousand faults hardly notice.
+
     Args:
       before, after: [F] shares of the same fault list.
       population, t: as in `estimate_rate`.
+
+    Raises ValueError for no faults or lists of two lengths.
     """
+    if len(before) != len(after) or len(before) == 0:
+        raise ValueError(
+            f"cannot pair {len(before)} faults with {len(after)}: allowed is F = F > 0"
+        )
     difference = np.asarray(after) - np.asarray(before)
-    mean = float(np.mean(difference))
-    if len(difference) < 2:
-        return Estimate(mean, -1.0, 1.0)
-    correction = max(1 - len(difference) / population, 0.0)
-    half = t * math.sqrt(float(np.var(difference, ddof=1)) / len(difference) * correction)
+    num_faults, mean = len(difference), float(np.mean(difference))
+    correction = max(1 - num_faults / population, 0.0)
+    variance = (float(np.var(difference)) * num_faults + 1) / num_faults
+    half = t * math.sqrt(variance / num_faults * correction)
     return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0))

@@ -8,13 +8,23 @@ and a longer list from the same key by="network" begins with the shorter one.
 from __future__ import annotations
 
 import fnmatch
+import math
+import operator
 from collections.abc import Sequence
 from itertools import groupby
 
 import jax
 import numpy as np
 
-from jaxfi.faults import BIT_MODELS, FAULT_MODELS, FaultList, PyTree, checked_model, word_bits
+from jaxfi.faults import (
+    BIT_MODELS,
+    FAULT_MODELS,
+    FaultList,
+    PyTree,
+    checked_model,
+    checked_value,
+    word_bits,
+)
 
 STRATA = ("layer", "network", "bit")
 STUCK_AT = "stuck-at"  # both polarities, drawn with equal chance
@@ -70,7 +80,7 @@ def sample_faults(
     by: str = "layer",
     paths: str | Sequence[str] = "*",
     bits: Sequence[int] | None = None,
-    value: float = np.nan,
+    value: float | None = None,
 ) -> FaultList:
     """Draws distinct fault sites, uniform within each stratum.
 
@@ -80,14 +90,15 @@ def sample_faults(
       num_faults: faults to draw, exactly.
       model: one of `FAULT_MODELS`, or "stuck-at" for both polarities.
       by: "layer" deals the faults to the layers (the leaves' parents) in proportion to their
-        parameters, largest remainders first; "bit" deals them equally to the bit positions;
-        "network" draws from all sites at once.
+        fault sites (with one dtype: to their parameters), largest remainders first; "bit" deals
+        them equally to the bit positions, or in proportion where one runs out of sites; "network"
+        draws from all sites at once.
       paths: pattern or patterns (fnmatch) that a leaf's path must match, `layer3/*`.
-      bits: bit positions allowed; None for all.
-      value: what the model "value" writes.
+      bits: bit positions allowed; None for all. Models without a bit do not look at it.
+      value: what the model "value" writes, rounded to the leaf's dtype.
 
-    Raises ValueError for more faults than sites, a pattern that matches nothing, or a bit outside
-    the word.
+    Raises ValueError for more faults than sites, a pattern that matches nothing, a bit outside
+    the word, a value that does not fit, or an unknown name.
 
     >>> faults = sample_faults(0, {"w": np.zeros((30, 40), np.float32)}, 100)
     >>> len(faults), len(set(zip(faults.element, faults.bit)))
@@ -95,7 +106,9 @@ def sample_faults(
     """
     if by not in STRATA:
         raise ValueError(f"cannot sample by {by!r}: allowed are {', '.join(STRATA)}")
+    num_faults = operator.index(num_faults)
     empty, leaves = _selected_leaves(params, model, paths, bits)
+    value = _checked_value(value, model, empty, leaves)
     counts = _site_counts(empty, leaves, model)
     if not 0 <= num_faults <= sum(counts):
         raise ValueError(
@@ -110,7 +123,8 @@ def sample_faults(
         _decode(empty, stratum, _draw_distinct(_generator(key, number), share, sites), model)
         for number, (stratum, share, sites) in enumerate(zip(strata, shares, capacity, strict=True))
     ]
-    return FaultList.from_arrays(params, *np.concatenate(drawn, axis=1), value)
+    leaf, element, bit, code = np.concatenate(drawn, axis=1)
+    return FaultList.from_arrays(params, leaf, element, bit, code, value)
 
 
 def exhaustive_faults(
@@ -119,7 +133,7 @@ def exhaustive_faults(
     model: str = "bit-flip",
     paths: str | Sequence[str] = "*",
     bits: Sequence[int] | None = None,
-    value: float = np.nan,
+    value: float | None = None,
 ) -> FaultList:
     """Every fault site, in the order leaf, element, bit. Arguments as in `sample_faults`.
 
@@ -127,8 +141,10 @@ def exhaustive_faults(
     96
     """
     empty, leaves = _selected_leaves(params, model, paths, bits)
+    value = _checked_value(value, model, empty, leaves)
     sites = np.arange(sum(_site_counts(empty, leaves, model)), dtype=np.uint64)
-    return FaultList.from_arrays(params, *_decode(empty, leaves, sites, model), value)
+    leaf, element, bit, code = _decode(empty, leaves, sites, model)
+    return FaultList.from_arrays(params, leaf, element, bit, code, value)
 
 
 def _selected_leaves(
@@ -148,16 +164,21 @@ def _selected_leaves(
     return empty, leaves
 
 
-def _allowed_bits(
-    path: str, dtype: str, model: str, bits: Sequence[int] | None
-) -> tuple[int, ...]:
+def _checked_value(value: float | None, model: str, empty: FaultList, leaves: _Stratum) -> float:
+    written = [checked_value(value, model, empty.dtypes[leaf]) for leaf, _ in leaves]
+    return written[0]
+
+
+def _allowed_bits(path: str, dtype: str, model: str, bits: Sequence[int] | None) -> tuple[int, ...]:
     if model not in (*BIT_MODELS, STUCK_AT):
         return (-1,)
-    width = word_bits(dtype)
-    wrong = [bit for bit in bits or () if not 0 <= bit < width]
+    last = word_bits(dtype) - 1
+    if bits is None:
+        return tuple(range(last + 1))
+    wrong = [bit for bit in bits if not 0 <= bit <= last]
     if wrong:
-        raise ValueError(f"bit {wrong[0]} is outside {path} ({dtype}): allowed are 0 to {width - 1}")
-    return tuple(sorted(set(bits))) if bits is not None else tuple(range(width))
+        raise ValueError(f"bit {wrong[0]} is outside {path} ({dtype}): allowed are 0 to {last}")
+    return tuple(sorted(set(bits)))
 
 
 def _strata(paths: tuple[str, ...], leaves: _Stratum, by: str) -> list[_Stratum]:
@@ -200,7 +221,7 @@ def _decode(empty: FaultList, stratum: _Stratum, sites: np.ndarray, model: str) 
 
 def _deal(num_faults: int, weights: Sequence[int]) -> list[int]:
     """`num_faults` in proportion to `weights`, rounded so that the sum is exact (Hamilton)."""
-    total = sum(weights)
+    total = sum(weights) or 1
     shares = [num_faults * weight // total for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda i: -(num_faults * weights[i] % total))
     for i in by_remainder[: num_faults - sum(shares)]:
@@ -213,9 +234,12 @@ def _generator(key: int | jax.Array, stratum: int) -> np.random.Philox:
         if not 0 <= key < 2**64:
             raise ValueError(f"key {key} is out of range: allowed are integers from 0 to 2**64 - 1")
         words = [int(key) >> 32, int(key) & 0xFFFFFFFF]  # as jax.random.key(key) stores it
+    elif isinstance(key, jax.Array):
+        typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        data = np.asarray(jax.random.key_data(key) if typed else key)
+        words = [int(word) for word in data.reshape(-1)]
     else:
-        data = jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-        words = [int(word) for word in np.asarray(data).reshape(-1)]
+        raise TypeError(f"key {key!r} is not a key: allowed are an integer and a JAX random key")
     return np.random.Philox(np.random.SeedSequence(words, spawn_key=(stratum,)))
 
 
@@ -223,7 +247,9 @@ def _draw_distinct(generator: np.random.Philox, count: int, population: int) -> 
     """The first `count` distinct numbers of a uniform stream over range(population), [F] uint64."""
     chosen = np.empty(0, np.uint64)
     while len(chosen) < count:
-        words = generator.random_raw(max(64, 2 * (count - len(chosen))))
+        # The words it takes on average: near the end of a small population, most are repeats.
+        missing = math.log1p((count - len(chosen)) / (population - count + 1)) * population
+        words = generator.random_raw(min(64 + int(1.1 * missing), 2**24))
         # Reject the ragged end of the 64-bit range, so that every number is equally likely.
         words = words[words <= np.uint64(2**64 - 1 - 2**64 % population)]
         drawn = np.concatenate([chosen, words % np.uint64(population)])
