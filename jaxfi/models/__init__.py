@@ -1,0 +1,41 @@
+"""The studied networks as Flax modules, with PyTorch's layer names, defaults and arithmetic.
+
+Every one takes images `[B, 32, 32, C]` (C = 1 or 3) and returns logits `[B, num_classes]`. A path
+in the variables is the PyTorch name with `/` for `.`: `layer3/0/conv1/kernel` is
+`layer3.0.conv1.weight`, so the pattern `layer3/*` selects a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flax import linen as nn
+
+from jaxfi.models.lenet import LeNet
+from jaxfi.models.resnet import ResNet, ResNet9, resnet18, resnet20, resnet32, resnet44
+from jaxfi.models.vgg import VGG, vgg11, vgg16
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lenet": LeNet,
+    "resnet9": ResNet9,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet44": resnet44,
+    "vgg11": vgg11,
+    "vgg16": vgg16,
+}
+
+__all__ = [
+    "MODELS",
+    "VGG",
+    "LeNet",
+    "ResNet",
+    "ResNet9",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "vgg11",
+    "vgg16",
+]
