@@ -98,7 +98,7 @@ def write_results(
     """Writes what `read_results` reads."""
     counts = np.stack(results[1:], axis=1).tolist()
     sites = _site_texts(results.faults, flat, flattened)
-    rows = ((*site, *row) for site, row in zip(sites, counts, strict=True))
+    rows = [(*site, *row) for site, row in zip(sites, counts, strict=True)]
     _write_rows(path, _FAULT_COLUMNS + _COUNT_COLUMNS, rows)
 
 
@@ -153,10 +153,10 @@ def _positions(path: str, shape: tuple[int, ...], flattened: Mapping[str, int]) 
 
 
 def _lookup(positions: np.ndarray, index: tuple[int, ...] | int) -> int:
-    flat = isinstance(index, int)
-    if flat and index < positions.size:
-        return int(positions.reshape(-1)[index])
-    if not flat and len(index) == positions.ndim and np.all(np.less(index, positions.shape)):
+    if isinstance(index, int):
+        if index < positions.size:
+            return int(positions.flat[index])
+    elif len(index) == positions.ndim and np.all(np.less(index, positions.shape)):
         return int(positions[index])
     raise ValueError(f"index {index} is outside the tensor's shape {positions.shape}")
 

@@ -47,7 +47,9 @@ def from_torch(
         if wrong:
             first = ", ".join(sorted(wrong)[:5]) + (", …" if len(wrong) > 5 else "")
             raise ValueError(f"the state {what} {len(wrong)} of {len(names)} names: {first}")
-    arrays = [_fit(name, np.asarray(state[name]), *where, flattened) for name, *where in leaves]
+    arrays = [
+        _fit(name, np.asarray(state[name]), path, like, flattened) for name, path, like in leaves
+    ]
     return jax.tree.unflatten(jax.tree.structure(variables_like), arrays)
 
 
@@ -62,14 +64,15 @@ def to_torch(
     >>> to_torch({"params": {"conv1": {"kernel": kernel}}})["conv1.weight"].shape
     (8, 1, 3, 3)
     """
+    # Copies: PyTorch wants writable arrays, and JAX's are not.
     return {
-        name: np.ascontiguousarray(to_torch_layout(path, np.asarray(leaf), flattened))
+        name: np.array(to_torch_layout(path, np.asarray(leaf), flattened), order="C")
         for name, path, leaf in torch_leaves(variables)
     }
 
 
 def load_state(path: Path) -> dict[str, np.ndarray]:
-    """Reads a PyTorch state dict from .npz, .safetensors, .pt, .pth or .th, executing nothing in it.
+    """Reads a PyTorch state dict from .npz, .safetensors, .pt, .pth or .th; executes nothing in it.
 
     From PyTorch's own files, a training checkpoint's `state_dict` is taken, and the `module.`
     that DataParallel puts before every name is dropped.
@@ -98,8 +101,9 @@ def _fit(name: str, array: np.ndarray, path: str, like: Any, flattened: Any) -> 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        # np.load leaves a torn file open, so opening it is not left to np.load.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return dict(arrays)
     except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an .npz file of arrays: {error}") from None
 
