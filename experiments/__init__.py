@@ -1,0 +1,1 @@
+"""Command-line experiments on top of the library. Flags live only here."""

@@ -1,0 +1,107 @@
+"""The configuration of one run of `experiments.gr`, and the folder that belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jaxfi.report.files import write_text
+
+CONFIG_FILE = "config.json"
+
+
+def _setting(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides the result; each field is a flag of the same name."""
+
+    dataset: str = _setting("digits", "digits, mnist or cifar10.")
+    model: str = _setting("lenet", "Network: a name in jaxfi.models.MODELS.")
+    optimizer: str = _setting("adadelta", "adadelta, adam, sgd, adagrad or rmsprop.")
+    learning_rate: float | None = _setting(None, "Initial learning rate; none is the optimizer's.")
+    weight_decay: float = _setting(0.0, "L2 penalty added to the gradient, as PyTorch does.")
+    epochs: int = _setting(20, "Epochs to train each network.")
+    batch_size: int = _setting(64, "Images per training step.")
+    schedule: str = _setting("step", "Learning-rate schedule.")
+    gamma: float = _setting(0.7, "Factor of the step schedule.")
+    decay_every: int = _setting(3, "Epochs between two decays of the step schedule.")
+    alpha: float = _setting(0.05, "Weight of the gradient penalty, L + alpha |grad L|^2.")
+    augment: bool = _setting(True, "Random affine augmentation of the training images.")
+    num_train_images: int = _setting(0, "Training images to use, the first ones; 0 is all.")
+    margin: float = _setting(0.01, "e: half width of the interval that sets the sample size.")
+    t: float = _setting(2.58, "Half width of intervals in standard errors; 2.58 is 99 %.")
+    p: float = _setting(0.5, "Expected rate in the sample size; 0.5 is the safe choice.")
+    num_faults: int = _setting(0, "Faults to inject; 0 takes the sample size of margin, t and p.")
+    num_images: int = _setting(0, "Test images of the campaign, the first ones; 0 is all.")
+    fault_model: str = _setting("bit-flip", "Fault model: bit-flip, stuck-at-0, stuck-at-1, zero.")
+    fault_list: str = _setting("", "CSV file of the faults to inject, in place of a sample.")
+    nan: str = _setting("argmax", "What a NaN output counts as: argmax (as published) or critical.")
+    engine: str = _setting("fast", "Campaign engine: fast, reference or vmap.")
+    precision: str = _setting("highest", "Matmul and convolution precision of the campaign.")
+    campaign_batch_size: int = _setting(0, "Images per campaign batch; 0 is the library's default.")
+    memory_budget: int = _setting(0, "Device bytes the campaign may use; 0 is no limit.")
+    seed: int = _setting(0, "Seed of initialisation, batches, dropout, augmentation and faults.")
+
+    def validate(self) -> None:
+        """Raises ValueError, in one line, for a number out of range."""
+        for name in ("epochs", "batch_size", "decay_every"):
+            self._require(name, getattr(self, name) >= 1, "integers >= 1")
+        for name in (
+            "num_train_images", "num_faults", "num_images", "campaign_batch_size",
+            "memory_budget", "seed",
+        ):  # fmt: skip
+            self._require(name, getattr(self, name) >= 0, "integers >= 0")
+        for name in ("alpha", "weight_decay"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value >= 0, "finite numbers >= 0")
+        for name in ("learning_rate", "gamma"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value > 0, "finite numbers > 0")
+
+    def _require(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise ValueError(f"--{name}={getattr(self, name)}: allowed are {allowed}")
+
+
+def check_allowed(flag: str, value: str, allowed: Any) -> None:
+    """Raises ValueError, listing the `allowed` names, if `value` is not one."""
+    if value not in allowed:
+        raise ValueError(f"--{flag}={value}: allowed are {', '.join(allowed)}")
+
+
+def check_same_config(config: Config, workdir: Path) -> None:
+    """Raises ValueError naming each difference if `workdir` belongs to another configuration."""
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored.keys()
+    except (ValueError, AttributeError):
+        message = f"{path} is not a configuration: delete it or take another --workdir"
+        raise ValueError(message) from None
+    wanted = dataclasses.asdict(config)
+    differences = [
+        f"{name} is {stored.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in wanted | stored
+        if stored.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ValueError(f"{workdir} holds another configuration: {'; '.join(differences)}")
+
+
+def claim_workdir(config: Config, workdir: Path) -> None:
+    """Makes `workdir` and writes the configuration into it, whole or not at all.
+
+    Raises OSError if the folder cannot be written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / CONFIG_FILE).exists():
+        with write_text(workdir / CONFIG_FILE) as file:
+            file.write(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
