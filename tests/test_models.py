@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from jaxfi.convert import from_torch, to_torch
 from jaxfi.models import MODELS
-from jaxfi.models.layers import BatchNorm
+from jaxfi.models.layers import BatchNorm, max_pool
 from tests.torch_models import TORCH_MODELS
 
 # Published: the first five in the gradient-regularization paper's Table 1, with 3 channels and 1
@@ -224,6 +224,26 @@ def test_batch_norm_of_a_single_value_is_an_error():
     variables = BatchNorm().init(jax.random.key(0), jnp.zeros((1, 1, 1, 3)))
     with pytest.raises(ValueError, match=r"2 or more values per channel, given shape"):
         BatchNorm().apply(variables, jnp.zeros((1, 1, 1, 3)), train=True, mutable="batch_stats")
+
+
+@pytest.mark.parametrize("size, edge", [(2, 8), (4, 8), (2, 7)])
+def test_max_pool_equals_torch_on_nan_infinity_ties_and_signed_zeros(size, edge):
+    rng = np.random.default_rng(0)
+    values = np.array([-1, -0.0, 0.0, 1, 2, 3, 4, np.nan, np.inf, -np.inf], np.float32)
+    x = rng.choice(values, (4, edge, edge, 33))  # 33 channels: vector lanes and a remainder
+    weights = rng.normal(size=(4, edge // size, edge // size, 33)).astype(np.float32)
+
+    theirs = torch_images(x).requires_grad_()
+    expected = torch.nn.functional.max_pool2d(theirs, size)
+    weights[np.isnan(expected.detach().numpy().transpose(0, 2, 3, 1))] = 0  # of NaNs, any may win
+    expected.backward(torch_images(weights))
+
+    pooled, pullback = jax.jit(lambda x: jax.vjp(lambda x: max_pool(x, size), x))(x)
+    expected = expected.detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(pooled, expected)
+    np.testing.assert_array_equal(np.signbit(pooled), np.signbit(expected))
+    gradient = theirs.grad.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(pullback(jnp.asarray(weights))[0], gradient)
 
 
 def test_path_pattern_selects_a_stage():
