@@ -158,8 +158,8 @@ class FaultList:
         if isinstance(model, str):
             model = FAULT_MODELS.index(checked_model(model))
         columns = np.broadcast_arrays(leaf, element, bit, model, value)
-        types = (np.int32, np.int64, np.int16, np.uint8, np.float64)
-        arrays = [np.array(c, t).reshape(-1) for c, t in zip(columns, types, strict=True)]
+        typed = zip(columns, _COLUMN_TYPES, strict=True)
+        arrays = [np.array(column, dtype).reshape(-1) for column, dtype in typed]
         return cls(*_describe(params), *arrays)
 
     @classmethod
@@ -296,20 +296,48 @@ class FaultList:
                 f"{', '.join(self.paths)}, the parameters have {', '.join(here)}"
             )
 
+    def indices(self) -> list[tuple[int, ...]]:
+        """The index of each fault's element in its leaf, F tuples."""
+        found: list[tuple[int, ...]] = [()] * len(self)
+        for leaf in np.unique(self.leaf):
+            rows = np.flatnonzero(self.leaf == leaf)
+            index = np.unravel_index(self.element[rows], self.shapes[leaf] or (1,))
+            for row, where in zip(rows, np.stack(index, axis=1).tolist(), strict=True):
+                found[row] = tuple(where) if self.shapes[leaf] else ()
+        return found
+
+    def check(self) -> None:
+        """Raises ValueError if a fault is outside its leaf or word: for lists from strangers."""
+        for name, dtype in zip(_COLUMNS, _COLUMN_TYPES, strict=True):
+            column = getattr(self, name)
+            if column.dtype != dtype or column.shape != (len(self),):
+                raise ValueError(f"column {name} is {column.dtype} {column.shape}")
+        if not len(self.paths) == len(self.shapes) == len(self.dtypes):
+            raise ValueError("it has other numbers of paths, shapes and dtypes")
+        sizes = np.array([int(np.prod(shape, dtype=object)) for shape in self.shapes], np.int64)
+        widths = np.array([word_bits(dtype) for dtype in self.dtypes], np.int64)
+        if not ((self.leaf >= 0) & (self.leaf < len(self.paths))).all():
+            raise ValueError("a fault is in no leaf")
+        if not ((self.element >= 0) & (self.element < sizes[self.leaf])).all():
+            raise ValueError("a fault's element is outside its leaf")
+        if not (self.model < len(FAULT_MODELS)).all():
+            raise ValueError("a fault has an unknown model")
+        has_bit = self.model < len(BIT_MODELS)
+        inside = (self.bit >= 0) & (self.bit < widths[self.leaf])
+        if not np.where(has_bit, inside, self.bit == -1).all():
+            raise ValueError("a fault's bit is outside its word")
+
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one row a fault: path, index, bit, model, value, the leaf's shape and dtype."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(_CSV_COLUMNS)
-            for leaf, element, bit, model, value in zip(
-                *(getattr(self, name).tolist() for name in _COLUMNS), strict=True
-            ):
-                shape = self.shapes[leaf]
-                index = tuple(int(i) for i in np.unravel_index(element, shape)) if shape else ()
+            columns = (getattr(self, name).tolist() for name in ("leaf", "bit", "model", "value"))
+            for index, leaf, bit, model, value in zip(self.indices(), *columns, strict=True):
                 name = FAULT_MODELS[model]
                 bit_text = bit if name in BIT_MODELS else ""
                 value_text = repr(value) if name == "value" else ""
-                described = (bit_text, name, value_text, shape, self.dtypes[leaf])
+                described = (bit_text, name, value_text, self.shapes[leaf], self.dtypes[leaf])
                 writer.writerow((self.paths[leaf], index, *described))
 
     @classmethod
@@ -330,6 +358,7 @@ class FaultList:
 
 
 _COLUMNS = ("leaf", "element", "bit", "model", "value")
+_COLUMN_TYPES = (np.int32, np.int64, np.int16, np.uint8, np.float64)
 
 
 def checked_model(model: str) -> str:
