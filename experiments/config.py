@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jaxfi.report.files import write_text
+from jaxfi.files import write_whole, writing
 
 CONFIG_FILE = "config.json"
 
@@ -101,7 +101,8 @@ def claim_workdir(config: Config, workdir: Path) -> None:
 
     Raises OSError if the folder cannot be written.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / CONFIG_FILE).exists():
-        with write_text(workdir / CONFIG_FILE) as file:
-            file.write(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        write_whole(workdir / CONFIG_FILE, text.encode())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from jaxfi.campaign import Campaign
+from jaxfi.files import write_whole
 from jaxfi.outcomes import Estimate, Rates
-from jaxfi.report.files import write_text
 
 COLUMNS = (
     "dataset", "model", "loss", "optimizer", "epochs", "alpha", "clean_acc", "faulty_acc",
@@ -75,10 +77,11 @@ def table_row(
 
 def write_csv(rows: Sequence[TableRow], path: str | os.PathLike[str]) -> None:
     """Writes `rows` with the columns of `COLUMNS`; accuracies and shares are percentages."""
-    with write_text(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(_values(row) for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(_values(row) for row in rows)
+    write_whole(Path(path), text.getvalue().encode())
 
 
 def write_markdown(
@@ -87,8 +90,8 @@ def write_markdown(
     """Writes `rows` and the paired difference of Masked (a fraction) as a Markdown table."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * 2 + "---:|" * 5]
     lines += [f"| {' | '.join(_cells(row, '{} [{}, {}]'))} |" for row in rows]
-    with write_text(path) as file:
-        file.write("\n".join([*lines, "", _caption(rows), _difference(difference), ""]))
+    lines += ["", _caption(rows), _difference(difference), ""]
+    write_whole(Path(path), "\n".join(lines).encode())
 
 
 def write_latex(
@@ -109,8 +112,7 @@ def write_latex(
         r"\multicolumn{7}{@{}l}{\footnotesize " + _latex(_difference(difference)) + "}",
         r"\end{tabular}",
     ]
-    with write_text(path) as file:
-        file.write("\n".join(lines) + "\n")
+    write_whole(Path(path), ("\n".join(lines) + "\n").encode())
 
 
 def print_table(
