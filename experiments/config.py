@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
+from jaxfi.augment import AffineRanges
+from jaxfi.data import DATASETS
+from jaxfi.faults import BIT_MODELS
 from jaxfi.files import write_whole, writing
+from jaxfi.models import MODELS
+from jaxfi.outcomes import NAN_POLICIES
+from jaxfi.sampling import STUCK_AT
+from jaxfi.training.config import TrainConfig
 
 CONFIG_FILE = "config.json"
+ENGINES = ("fast", "reference", "vmap")
+PRECISIONS = ("highest", "high", "default")
+FAULT_MODELS = (*BIT_MODELS, STUCK_AT, "zero")
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -28,11 +41,13 @@ class Config:
     weight_decay: float = _setting(0.0, "L2 penalty added to the gradient, as PyTorch does.")
     epochs: int = _setting(20, "Epochs to train each network.")
     batch_size: int = _setting(64, "Images per training step.")
-    schedule: str = _setting("step", "Learning-rate schedule.")
+    schedule: str = _setting("step", "Learning-rate schedule: constant, step, cosine or plateau.")
     gamma: float = _setting(0.7, "Factor of the step schedule.")
     decay_every: int = _setting(3, "Epochs between two decays of the step schedule.")
     alpha: float = _setting(0.05, "Weight of the gradient penalty, L + alpha |grad L|^2.")
     augment: bool = _setting(True, "Random affine augmentation of the training images.")
+    convolution: str = _setting("auto", "Training's convolution: xla, im2col, or auto, the faster.")
+    derivative: str = _setting("auto", "Of the penalty: fast, plain, or auto, the faster one.")
     num_train_images: int = _setting(0, "Training images to use, the first ones; 0 is all.")
     margin: float = _setting(0.01, "e: half width of the interval that sets the sample size.")
     t: float = _setting(2.58, "Half width of intervals in standard errors; 2.58 is 99 %.")
@@ -49,30 +64,64 @@ class Config:
     seed: int = _setting(0, "Seed of initialisation, batches, dropout, augmentation and faults.")
 
     def validate(self) -> None:
-        """Raises ValueError, in one line, for a number out of range."""
-        for name in ("epochs", "batch_size", "decay_every"):
-            self._require(name, getattr(self, name) >= 1, "integers >= 1")
-        for name in (
-            "num_train_images", "num_faults", "num_images", "campaign_batch_size",
-            "memory_budget", "seed",
-        ):  # fmt: skip
+        """Raises ValueError, in one line, for an unknown name or a number out of range."""
+        for name, names in _NAMES.items():
+            self._require(name, getattr(self, name) in names, ", ".join(names))
+        for name in _COUNTS:
             self._require(name, getattr(self, name) >= 0, "integers >= 0")
-        for name in ("alpha", "weight_decay"):
-            value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value >= 0, "finite numbers >= 0")
-        for name in ("learning_rate", "gamma"):
-            value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value > 0, "finite numbers > 0")
+        self.training(self.alpha).validate()
+
+    def training(self, alpha: float) -> TrainConfig:
+        """The settings of one network's training: those that have the same name here."""
+        names = {field.name for field in dataclasses.fields(TrainConfig)} - {"alpha", "augment"}
+        settings = {name: value for name, value in vars(self).items() if name in names}
+        augment = AffineRanges() if self.augment else None
+        return TrainConfig(alpha=alpha, augment=augment, **settings)
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
-            raise ValueError(f"--{name}={getattr(self, name)}: allowed are {allowed}")
+            raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
 
 
-def check_allowed(flag: str, value: str, allowed: Any) -> None:
-    """Raises ValueError, listing the `allowed` names, if `value` is not one."""
-    if value not in allowed:
-        raise ValueError(f"--{flag}={value}: allowed are {', '.join(allowed)}")
+_NAMES = {
+    "dataset": DATASETS,
+    "model": MODELS,
+    "fault_model": FAULT_MODELS,
+    "nan": NAN_POLICIES,
+    "engine": ENGINES,
+    "precision": PRECISIONS,
+}
+_COUNTS = ("num_train_images", "num_faults", "num_images", "campaign_batch_size", "memory_budget")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines --workdir and a flag for each field of `Config`."""
+    define = {
+        "str": flags.DEFINE_string,
+        "int": flags.DEFINE_integer,
+        "float": flags.DEFINE_float,
+        "float | None": flags.DEFINE_float,
+        "bool": flags.DEFINE_boolean,
+    }
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the results; the same again continues.", flag_values=values
+    )
+    for field in dataclasses.fields(Config):
+        help = field.metadata["help"]
+        define[str(field.type)](field.name, field.default, help, flag_values=values)
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """Parses the command line; ends the program in one line for a flag it does not know."""
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())} (--helpfull lists the flags)")
+
+
+def config_from_flags(values: flags.FlagValues) -> Config:
+    """The configuration that the parsed flags spell."""
+    return Config(**{field.name: values[field.name].value for field in dataclasses.fields(Config)})
 
 
 def check_same_config(config: Config, workdir: Path) -> None:

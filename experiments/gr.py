@@ -1,0 +1,213 @@
+"""Does gradient regularization make a network more testable? One row pair of the study's tables.
+
+Two networks from the same initialisation see the same batches, one trained with the default loss,
+one with the gradient loss L + alpha |grad L|^2. Both get the same faults; each outcome of every
+fault on every test image is masked, non-critical or critical.
+
+    python -m experiments.gr --flagfile=experiments/flags/digits.flags --workdir=runs/digits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from experiments.config import (
+    Config,
+    check_same_config,
+    claim_workdir,
+    config_from_flags,
+    define_flags,
+    parse_flags,
+)
+from jaxfi.campaign import Campaign, run_campaign
+from jaxfi.data import Dataset, load_dataset, normalise
+from jaxfi.faults import FaultList, PyTree
+from jaxfi.models import MODELS
+from jaxfi.outcomes import paired_difference
+from jaxfi.report import figures, tables
+from jaxfi.report.shares import layer_name
+from jaxfi.sampling import fault_population, sample_faults, sample_size
+from jaxfi.training import train
+
+LOSSES = ("default", "gradient")
+
+
+def run(config: Config, workdir: Path) -> list[tables.TableRow]:
+    """Trains both networks, injects the same faults into both, and reports what came of them.
+
+    What `workdir` already holds is not done again. Raises ValueError, TypeError or OSError, in
+    one line, and before any training for all that can be known by then.
+    """
+    config.validate()
+    check_same_config(config, workdir)
+    dataset = load_images(config)
+    module = MODELS[config.model](num_classes=dataset.num_classes)
+    variables = initialise(module, dataset, config.seed)
+    faults = list_faults(config, variables["params"])
+    claim_workdir(config, workdir)
+    faults.to_csv(workdir / "faults.csv")
+    campaigns = {}
+    for loss, alpha in zip(LOSSES, (0.0, config.alpha), strict=True):
+        folder = workdir / "networks" / loss
+        trained = train_network(config, alpha, module, variables, dataset, folder)
+        folder = workdir / "campaigns" / loss
+        campaigns[loss] = inject_faults(config, module, trained, faults, dataset, folder)
+    return write_report(config, campaigns, layer_order(variables["params"]), workdir)
+
+
+def load_images(config: Config) -> Dataset:
+    """The data set, cut to the first `num_train_images`."""
+    dataset = load_dataset(config.dataset)
+    available = {
+        "num_train_images": len(dataset.train_images),
+        "num_images": len(dataset.test_images),
+        "batch_size": config.num_train_images or len(dataset.train_images),
+    }
+    for name, number in available.items():
+        if getattr(config, name) > number:
+            raise ValueError(f"{name} is {getattr(config, name)}; allowed: up to {number} images")
+    if config.num_train_images:
+        dataset = dataclasses.replace(
+            dataset,
+            train_images=dataset.train_images[: config.num_train_images],
+            train_labels=dataset.train_labels[: config.num_train_images],
+        )
+    return dataset
+
+
+def initialise(module: nn.Module, dataset: Dataset, seed: int) -> PyTree:
+    """The variables that both trainings start from."""
+    image = jnp.zeros((1, *dataset.train_images.shape[1:]), jnp.float32)
+    return module.init(jax.random.key(seed), image)
+
+
+def layer_order(params: PyTree) -> list[str]:
+    """Layer names from input to output: Flax's init makes them in the order of their use."""
+    return list(dict.fromkeys(map(layer_name, flatten_dict(params, sep="/"))))
+
+
+def list_faults(config: Config, params: PyTree) -> FaultList:
+    """The faults of both campaigns: those of a file, or a sample that depends only on shapes."""
+    if config.fault_list:
+        return FaultList.from_csv(config.fault_list, params)
+    population = fault_population(params)
+    num_faults = sample_size(population, config.margin, config.t, config.p)
+    if config.num_faults:
+        num_faults = config.num_faults
+    return sample_faults(config.seed, params, num_faults, model=config.fault_model)
+
+
+def train_network(
+    config: Config,
+    alpha: float,
+    module: nn.Module,
+    variables: PyTree,
+    dataset: Dataset,
+    folder: Path,
+) -> PyTree:
+    """The variables after the last epoch with penalty `alpha`; `folder` keeps all of the training."""
+    settings = config.training(alpha)
+    result = train(module, dataset, settings, workdir=folder, variables=variables, progress=True)
+    return result.variables
+
+
+def inject_faults(
+    config: Config,
+    module: nn.Module,
+    variables: PyTree,
+    faults: FaultList,
+    dataset: Dataset,
+    folder: Path,
+) -> Campaign:
+    """Every fault on the first `num_images` test images, continued if `folder` has a part of it."""
+    statistics = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def apply_fn(params: PyTree, images: jax.Array) -> jax.Array:
+        return module.apply({"params": params, **statistics}, images, train=False)
+
+    num_images = config.num_images or len(dataset.test_labels)
+    images = normalise(dataset.test_images[:num_images], dataset.mean, dataset.std)
+    return run_campaign(
+        apply_fn,
+        variables["params"],
+        faults,
+        images,
+        dataset.test_labels[:num_images],
+        nan=config.nan,
+        engine=config.engine,
+        precision=config.precision,
+        batch_size=config.campaign_batch_size,
+        memory_budget=config.memory_budget or None,
+        seed=config.seed,
+        progress=True,
+        workdir=folder,
+    )
+
+
+def write_report(
+    config: Config, campaigns: Mapping[str, Campaign], order: Sequence[str], workdir: Path
+) -> list[tables.TableRow]:
+    """Table and figures into `workdir`, and the table on the terminal."""
+    rows = [
+        tables.table_row(
+            campaigns[loss],
+            dataset=config.dataset,
+            model=config.model,
+            loss=loss,
+            optimizer=config.optimizer,
+            epochs=config.epochs,
+            alpha=alpha,
+            t=config.t,
+        )
+        for loss, alpha in zip(LOSSES, (0.0, config.alpha), strict=True)
+    ]
+    difference = paired_difference(*(campaigns[loss] for loss in LOSSES), rate="masked")
+    tables.write_csv(rows, workdir / "table.csv")
+    tables.write_markdown(rows, difference, workdir / "table.md")
+    tables.write_latex(rows, difference, workdir / "table.tex")
+    write_figures(config, campaigns, order, workdir)
+    tables.print_table(rows, difference)
+    return rows
+
+
+def write_figures(
+    config: Config, campaigns: Mapping[str, Campaign], order: Sequence[str], workdir: Path
+) -> None:
+    """The three figures; the one by bit position only where faults have bits."""
+    names = (f"{config.model}, default loss", f"{config.model}, gradient loss (α={config.alpha:g})")
+    named = dict(zip(names, (campaigns[loss] for loss in LOSSES), strict=True))
+    figures.save_figure(figures.outcome_shares(named, config.t), workdir / "outcome_shares")
+    by_layer = figures.critical_by_layer(named, order, config.t)
+    figures.save_figure(by_layer, workdir / "critical_by_layer")
+    if (campaigns["default"].faults.bit >= 0).any():
+        figures.save_figure(figures.outcomes_by_bit(named, config.t), workdir / "outcomes_by_bit")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+    if not flags.FLAGS.workdir:
+        sys.exit("error: --workdir is missing: give the folder for the results")
+    try:
+        run(config_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {one_line(error)}")
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,187 @@
+"""The main experiment end to end on little data, and its answers to bad input."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from experiments import gr
+from experiments.config import (
+    Config,
+    check_same_config,
+    claim_workdir,
+    config_from_flags,
+    define_flags,
+)
+
+ROOT = Path(__file__).parents[1]
+SMALL = Config(
+    epochs=1,
+    augment=False,
+    num_train_images=64,
+    batch_size=32,
+    num_faults=60,
+    num_images=20,
+    campaign_batch_size=20,
+    alpha=0.01,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with a whole small run."""
+    workdir = tmp_path_factory.mktemp("run")
+    gr.run(SMALL, workdir)
+    return workdir
+
+
+def test_a_run_leaves_what_the_contract_names(finished):
+    for name in ("table.csv", "table.md", "table.tex", "faults.csv", "config.json"):
+        assert (finished / name).stat().st_size > 0, name
+    for stem in ("outcome_shares", "outcomes_by_bit", "critical_by_layer"):
+        assert {path.suffix for path in finished.glob(f"{stem}.*")} == {".pdf", ".svg", ".png"}
+    assert json.loads((finished / "config.json").read_text()) == dataclasses.asdict(SMALL)
+    for loss in gr.LOSSES:
+        assert list((finished / "campaigns" / loss / "results").glob("*.parquet"))
+        assert list((finished / "networks" / loss).iterdir())
+
+
+def test_table_rows_add_up(finished):
+    with (finished / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss"] for row in rows] == ["default", "gradient"]
+    assert [float(row["alpha"]) for row in rows] == [0.0, 0.01]
+    for row in rows:
+        total = sum(float(row[name]) for name in ("masked", "non_critical", "critical"))
+        assert total == pytest.approx(100, abs=1e-4)
+        assert (row["num_faults"], row["num_images"]) == ("60", "20")
+
+
+def test_running_again_gives_the_same_table_without_training(finished, monkeypatch):
+    before = {path: path.read_bytes() for path in finished.rglob("*.csv")}
+    stamps = {p: p.stat().st_mtime_ns for p in (finished / "networks").rglob("*") if p.is_file()}
+    gr.run(SMALL, finished)
+    assert {path: path.read_bytes() for path in finished.rglob("*.csv")} == before
+    kept = {path: path.stat().st_mtime_ns for path in stamps if "checkpoint" in str(path)}
+    assert all(stamps[path] == stamp for path, stamp in kept.items())
+
+
+def test_another_configuration_is_named_and_harms_nothing(finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"another configuration: epochs is 1 there and 2 here$"):
+        gr.run(dataclasses.replace(SMALL, epochs=2), finished)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_torn_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"epochs"')
+    with pytest.raises(ValueError, match=r"config.json is not a configuration"):
+        check_same_config(SMALL, tmp_path)
+
+
+def test_a_claimed_folder_is_the_same_configuration(tmp_path):
+    claim_workdir(SMALL, tmp_path / "new")
+    check_same_config(SMALL, tmp_path / "new")
+
+
+BAD_INPUT = {
+    "dataset": ("imagenet", "digits, mnist, cifar10"),
+    "model": ("alexnet", "lenet"),
+    "optimizer": ("lion", "adadelta"),
+    "schedule": ("cyclic", "step"),
+    "fault_model": ("gamma-ray", "bit-flip"),
+    "engine": ("slow", "reference"),
+    "precision": ("exact", "highest"),
+    "nan": ("ignore", "argmax"),
+    "alpha": (-0.1, ">= 0"),
+    "learning_rate": (float("nan"), "> 0"),
+    "epochs": (0, ">= 1"),
+    "batch_size": (0, ">= 1"),
+    "margin": (1.5, "0 < margin < 1"),
+    "t": (0.0, "t > 0"),
+    "p": (1.0, "0 < p < 1"),
+    "num_faults": (10**10, "104"),
+    "num_images": (501, "500"),
+    "campaign_batch_size": (-1, ">= 0"),
+    "memory_budget": (-1, ">= 0"),
+    "seed": (-1, ">= 0"),
+    "fault_list": ("no/such/file.csv", "no/such/file.csv"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_before_training(name, tmp_path, monkeypatch):
+    value, allowed = BAD_INPUT[name]
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(gr, "train_network", forbidden)
+    with pytest.raises((ValueError, OSError)) as caught:
+        gr.run(dataclasses.replace(SMALL, **{name: value}), tmp_path / "run")
+    message = gr.one_line(caught.value)
+    assert allowed in message
+    assert "\n" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_alpha_is_refused():
+    with pytest.raises(ValueError, match="alpha is nan"):
+        dataclasses.replace(SMALL, alpha=float("nan")).validate()
+
+
+def test_a_fault_list_for_other_parameters_is_named(tmp_path):
+    path = tmp_path / "faults.csv"
+    path.write_text(
+        "path,index,bit,model,value,shape,dtype\n"
+        'conv1/kernel,"(0, 0, 0, 0)",3,bit-flip,,"(3, 3, 3, 32)",float32\n'
+    )
+    with pytest.raises(ValueError, match=r"conv1/kernel float32 \(3, 3, 3, 32\)"):
+        gr.run(dataclasses.replace(SMALL, fault_list=str(path)), tmp_path / "run")
+
+
+def test_a_missing_data_set_says_how_to_prepare_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    result = run_command(["--dataset=mnist", f"--workdir={tmp_path / 'run'}"])
+    assert "prepare" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--model=alexnet", "--workdir=/tmp/jaxfi-none"], "model is 'alexnet'; allowed: lenet"),
+        (["--alpha=much", "--workdir=/tmp/jaxfi-none"], "alpha"),
+        (["--lr=1"], "Unknown command line flag 'lr'"),
+        ([], "--workdir"),
+        ([f"--workdir={ROOT / 'LICENSE' / 'run'}"], "LICENSE/run"),
+    ],
+)
+def test_the_command_answers_bad_input_in_one_line(arguments, expected):
+    result = run_command(arguments)
+    assert expected in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+
+
+def run_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "experiments.gr", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_every_flagfile_is_a_valid_configuration():
+    files = sorted((ROOT / "experiments" / "flags").glob("*.flags"))
+    assert len(files) == 29
+    for file in files:
+        values = flags.FlagValues()
+        define_flags(values)
+        values(["gr", f"--flagfile={file}"])
+        config_from_flags(values).validate()
