@@ -1,0 +1,111 @@
+"""Checkpoints: whole or absent on disk, verified when read, and free of pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+FORMAT = "jaxfi-checkpoint-1"
+
+
+def save_checkpoint(folder: str | Path, tree: Any, info: dict[str, Any]) -> None:
+    """Writes nested dicts of arrays, and `info`, which is JSON, as the folder's newest version.
+
+    An older version is deleted only once the new one is complete, so that a process killed at any
+    time leaves one of them. Arrays of typed random keys and of no elements are not supported.
+
+    Raises OSError if the folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    tree = jax.tree.map(np.asarray, jax.device_get(tree))
+    older = _versions(folder)
+    number = int(older[-1].name) + 1 if older else 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _orbax().save(
+            folder / f"{number:06d}",
+            tree,
+            custom_metadata={"format": FORMAT, "digest": _digest(tree), "info": info},
+        )
+    except OSError as error:
+        message = f"cannot write the checkpoint {folder} ({error}): make room or make it writable"
+        raise OSError(error.errno, message) from error
+    for version in older:
+        shutil.rmtree(version, ignore_errors=True)
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The tree, of NumPy arrays, and the info of the folder's newest version.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or not one of jaxfi's.
+    """
+    versions = _versions(Path(folder).absolute())
+    if not versions:
+        raise FileNotFoundError(f"there is no checkpoint in {folder}")
+    path = versions[-1]
+    try:
+        stored = _orbax().metadata(path).custom_metadata
+        is_ours = isinstance(stored, dict) and stored.get("format") == FORMAT
+        tree = _orbax().load(path) if is_ours else None
+    except Exception as error:  # whatever a stranger's bytes do to the readers
+        raise _unusable(path, type(error).__name__) from None
+    if not is_ours:
+        raise _unusable(path, f"it is not marked as {FORMAT}")
+    if _digest(tree) != stored["digest"]:
+        raise _unusable(path, "its content is not what was written")
+    return tree, stored["info"]
+
+
+def load_variables(path: str | Path) -> Any:
+    """The variables `{"params": ..., "batch_stats"?: ...}` of a checkpoint, as NumPy arrays.
+
+    `path` is a checkpoint's folder, or a training's, whose last checkpoint is taken. Raises as
+    `load_checkpoint`.
+    """
+    path = Path(path)
+    last = path / "checkpoints" / "last"
+    tree, _ = load_checkpoint(last if last.is_dir() else path)
+    return tree["variables"]
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether the folder holds a complete checkpoint, damaged or not."""
+    return bool(_versions(Path(folder).absolute()))
+
+
+def _versions(folder: Path) -> list[Path]:
+    """Complete ones, oldest first: orbax gives a version its name once it is whole."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{6,}", path.name))
+
+
+def _unusable(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {path} is damaged or foreign ({why}): delete it or use another folder"
+    )
+
+
+def _digest(tree: Any) -> str:
+    """SHA-256 over each array's path, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        leaf = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
+
+
+def _orbax() -> Any:
+    """orbax's current API; on demand, since it takes seconds to import."""
+    try:
+        from orbax.checkpoint import v1
+    except ImportError:
+        from orbax.checkpoint.experimental import v1
+    return v1
