@@ -114,7 +114,7 @@ def train_network(
     dataset: Dataset,
     folder: Path,
 ) -> PyTree:
-    """The variables after the last epoch with penalty `alpha`; `folder` keeps all of the training."""
+    """The variables after the last epoch with penalty `alpha`; `folder` keeps the training."""
     settings = config.training(alpha)
     result = train(module, dataset, settings, workdir=folder, variables=variables, progress=True)
     return result.variables
