@@ -18,14 +18,13 @@ Each plane is padded with zeros to whole bytes.
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxfi.faults import BIT_MODELS, FAULT_MODELS, FaultList
-from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL
+from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL, Results
 
 SCHEMA = pa.schema(
     [
@@ -45,20 +44,6 @@ SCHEMA = pa.schema(
         ("outcomes", pa.binary()),
     ]
 )
-
-
-class Results(NamedTuple):
-    """What came of F faults on N images.
-
-    Attributes:
-      outcomes: [F, N] uint8, 0 masked, 1 non-critical, 2 critical.
-      due: [F, N] bool, the faulty output holds NaN or Inf.
-      correct: [F] int32, images whose faulty prediction is the label.
-    """
-
-    outcomes: np.ndarray
-    due: np.ndarray
-    correct: np.ndarray
 
 
 def packed_bytes(num_images: int) -> int:

@@ -189,6 +189,22 @@ class FaultList:
         }
         return dataclasses.replace(self, **columns)
 
+    def __add__(self, other: FaultList) -> FaultList:
+        """Both lists, of the same parameters, one after the other."""
+        columns = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS}
+        return dataclasses.replace(self, **columns)
+
+    def nulls(self, elements: np.ndarray) -> FaultList:
+        """Faults that change nothing, at these elements of the first fault's leaf."""
+        row = self[np.zeros(len(elements), np.int64)]
+        code = np.full(len(elements), FAULT_MODELS.index("null"), np.uint8)
+        none = {"bit": np.full_like(row.bit, -1), "value": np.full_like(row.value, np.nan)}
+        return dataclasses.replace(row, element=elements.astype(np.int64), model=code, **none)
+
+    def padded(self, length: int) -> FaultList:
+        """The list, made `length` long with null faults."""
+        return self + self.nulls(np.zeros(length - len(self)))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FaultList):
             return NotImplemented

@@ -8,7 +8,7 @@ that holds NaN or Inf is a DUE as well, counted beside the three.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,20 @@ class Rates(NamedTuple):
     critical: Estimate
     due: Estimate
     faulty_accuracy: Estimate
+
+
+class Results(NamedTuple):
+    """What came of F faults on N images.
+
+    Attributes:
+      outcomes: [F, N] uint8, 0 masked, 1 non-critical, 2 critical.
+      due: [F, N] bool, the faulty output holds NaN or Inf.
+      correct: [F] int32, images whose faulty prediction is the label.
+    """
+
+    outcomes: np.ndarray
+    due: np.ndarray
+    correct: np.ndarray
 
 
 class Verdict(NamedTuple):
@@ -169,3 +183,31 @@ def estimate_difference(
     variance = (float(np.var(difference)) * num_faults + 1) / num_faults
     half = t * math.sqrt(variance / num_faults * correction)
     return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0))
+
+
+def paired_difference(before: Any, after: Any, rate: str = "masked", t: float = 2.58) -> Estimate:
+    """How much a rate differs between two campaigns with the same faults, `after - before`.
+
+    Args:
+      before, after: campaigns (`jaxfi.Campaign`) of the same fault list.
+      rate: "masked", "non_critical", "critical" or "due".
+      t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+
+    Raises ValueError if the fault lists differ, or for an unknown rate.
+    """
+    if before.faults != after.faults:
+        raise ValueError("the campaigns have different fault lists: a paired difference needs one")
+    shares_of = [per_fault_shares(campaign.results, rate) for campaign in (before, after)]
+    return estimate_difference(*shares_of, before.faults.population, t)
+
+
+def per_fault_shares(results: Results, rate: str) -> np.ndarray:
+    """Share of each fault's images that count towards a rate, [F] float64."""
+    codes = {"masked": MASKED, "non_critical": NON_CRITICAL, "critical": CRITICAL}
+    if rate == "due":
+        return results.due.mean(axis=1)
+    if rate == "faulty_accuracy":
+        return results.correct / results.outcomes.shape[1]
+    if rate not in codes:
+        raise ValueError(f"unknown rate {rate!r}: allowed are {', '.join(Rates._fields)}")
+    return shares(results.outcomes, codes[rate])

@@ -126,8 +126,9 @@ def read(env: Mapping[core.Var, Array], value: Value) -> Any:
 
 def bind(equation: core.JaxprEqn, operands: list) -> list:
     """Runs one equation on other operands of the same shapes."""
-    functions, params = equation.primitive.get_bind_params(equation.params)
-    results = equation.primitive.bind(*functions, *operands, **params)
+    params = equation.primitive.get_bind_params(equation.params)
+    with equation.ctx.manager:
+        results = equation.primitive.bind(*operands, **params)
     return list(results) if equation.primitive.multiple_results else [results]
 
 

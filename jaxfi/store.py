@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxfi.chunks import Results, decode_chunk, encode_chunk, packed_bytes
+from jaxfi.chunks import decode_chunk, encode_chunk, packed_bytes
 from jaxfi.faults import FaultList
 from jaxfi.files import (
     content_hash,
@@ -32,7 +32,7 @@ from jaxfi.files import (
     write_whole,
     writing,
 )
-from jaxfi.outcomes import CRITICAL
+from jaxfi.outcomes import CRITICAL, Results
 
 FORMAT = 1
 _CAMPAIGN_FILE = "campaign.json"

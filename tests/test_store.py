@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfi import store as store_module
-from jaxfi.chunks import Results, pack_outcomes, unpack_outcomes
+from jaxfi.chunks import pack_outcomes, unpack_outcomes
+from jaxfi.outcomes import Results
 from jaxfi.faults import FaultList
 from jaxfi.files import content_hash, read_npz, to_npz
 from jaxfi.sampling import sample_faults

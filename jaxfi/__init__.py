@@ -1,0 +1,38 @@
+"""Fault injection and gradient regularization for JAX."""
+
+from jaxfi.campaign import Campaign, NotReproducible, load_campaign, run_campaign
+from jaxfi.faults import FAULT_MODELS, Fault, FaultList, corrupt, inject, leaf_paths
+from jaxfi.outcomes import (
+    CRITICAL,
+    MASKED,
+    NON_CRITICAL,
+    Estimate,
+    Rates,
+    classify,
+    paired_difference,
+)
+from jaxfi.sampling import exhaustive_faults, fault_population, sample_faults, sample_size
+
+__all__ = [
+    "CRITICAL",
+    "FAULT_MODELS",
+    "MASKED",
+    "NON_CRITICAL",
+    "Campaign",
+    "Estimate",
+    "Fault",
+    "FaultList",
+    "NotReproducible",
+    "Rates",
+    "classify",
+    "corrupt",
+    "exhaustive_faults",
+    "fault_population",
+    "inject",
+    "leaf_paths",
+    "load_campaign",
+    "paired_difference",
+    "run_campaign",
+    "sample_faults",
+    "sample_size",
+]

@@ -1,0 +1,331 @@
+"""A campaign: every fault on every image, counted, checked by null faults, saved and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxfi.engine import ENGINES, Setup, golden_run
+from jaxfi.faults import FaultList, PyTree
+from jaxfi.outcomes import (
+    MASKED,
+    Rates,
+    Results,
+    checked_nan_policy,
+    estimate_rate,
+    per_fault_shares,
+)
+from jaxfi.slicing import ApplyFn, trace_network
+from jaxfi.store import Store, load, open_store
+
+PRECISIONS = ("highest", "high", "default")
+_FAULTS_PER_BLOCK = 2048  # saved together; the results do not depend on it
+_FAULTS_PER_NULL = 64
+
+
+class NotReproducible(RuntimeError):
+    """A null fault was not masked: this backend's sums depend on where an image stands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Campaign:
+    """The result of `run_campaign`.
+
+    Attributes:
+      faults: F faults.
+      outcomes: [F, N] uint8, 0 masked, 1 non-critical, 2 critical.
+      due: [F, N] bool, the faulty output holds NaN or Inf.
+      correct: [F] int32, images whose faulty prediction is the label.
+      golden: [N, classes] fault-free outputs.
+      labels: [N] int32.
+      provenance: what the result depends on: hashes, precision, batch size, seed, versions.
+    """
+
+    faults: FaultList
+    outcomes: np.ndarray
+    due: np.ndarray
+    correct: np.ndarray
+    golden: np.ndarray
+    labels: np.ndarray
+    provenance: dict[str, Any]
+
+    @property
+    def results(self) -> Results:
+        return Results(self.outcomes, self.due, self.correct)
+
+    @property
+    def num_due(self) -> np.ndarray:
+        """[F] images per fault whose output held NaN or Inf."""
+        return self.due.sum(axis=1)
+
+    @property
+    def num_not_activated(self) -> int:
+        """Faults that did not change the stored word (stuck-at the value it has)."""
+        return self.provenance["num_not_activated"]
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of images that the fault-free network predicts correctly."""
+        return float(np.mean(np.asarray(jnp.argmax(self.golden, axis=-1)) == self.labels))
+
+    @property
+    def faulty_accuracy(self) -> float:
+        """Correct faulty predictions / (faults x images)."""
+        return float(self.correct.sum() / self.outcomes.size)
+
+    def rates(self, population: int | None = None, t: float = 2.58) -> Rates:
+        """Rates with intervals that take each fault as one cluster of images.
+
+        Args:
+          population: possible faults; default all single faults of the parameters.
+          t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+        """
+        population = population or self.faults.population
+        num_images = self.outcomes.shape[1]
+        return Rates(*(
+            estimate_rate(per_fault_shares(self.results, rate), num_images, population, t)
+            for rate in Rates._fields
+        ))  # fmt: skip
+
+
+def run_campaign(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    faults: FaultList,
+    images: Any,
+    labels: Any,
+    *,
+    nan: str = "critical",
+    engine: str = "fast",
+    batch_size: int = 100,
+    precision: str = "highest",
+    memory_budget: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    workdir: str | os.PathLike | None = None,
+) -> Campaign:
+    """Runs every fault on every image.
+
+    Args:
+      apply_fn: pure; maps `params` and images [batch, ...] to outputs [batch, classes].
+      params: any pytree of float or integer arrays; faults go into these.
+      faults: F faults in `params`.
+      images: [N, ...].
+      labels: [N] integers.
+      nan: "critical" counts a changed output with a NaN as critical; "argmax" goes by the argmax
+        of NaN, as published tools do.
+      engine: "fast", "reference" (one fault at a time), or "vmap".
+      batch_size: images per batch. It fixes the shapes, so the last bits: part of the result.
+      precision: of matmuls and convolutions: "highest" (float32), "high", "default" (a GPU's TF32).
+      memory_budget: bytes; default 70 % of what the device reports.
+      seed: of the null faults that check the run.
+      progress: show a progress bar with rate and ETA.
+      workdir: a directory that keeps finished work; the same campaign there is continued.
+
+    Raises ValueError or TypeError, before any work, for arguments that do not fit; NotReproducible
+    if a null fault is not masked.
+
+    >>> params = {"w": jnp.eye(2)}
+    >>> faults = FaultList.from_sites([("w", (0, 0), 31), ("w", (0, 1), 0)], params)
+    >>> images = np.array([[2.0, 1.0], [0.5, 1.0]], np.float32)
+    >>> result = run_campaign(lambda p, x: x @ p["w"], params, faults, images, [0, 1])
+    >>> result.outcomes.tolist()
+    [[2, 1], [1, 1]]
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}: allowed are {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
+    checked_nan_policy(nan)
+    images, labels = _checked_images(images, labels)
+    batches = _batched(images, batch_size)
+    faults.validate(params)
+    with jax.default_matmul_precision(precision):
+        shape = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
+        trace_network(apply_fn, params, shape)  # says in one line what is wrong with apply_fn
+        params = jax.tree.map(jnp.asarray, params)
+        golden = golden_run(apply_fn, params, batches, len(images))
+        memory = (memory_budget or _default_budget()) // 4
+        setup = Setup(apply_fn, params, batches, labels, golden, nan, memory)
+        activated = faults.activated(params)
+        provenance = {
+            **_fingerprint(params, images, labels),
+            "engine": engine,
+            "precision": precision,
+            "batch_size": batches.shape[1],
+            "nan": nan,
+            "seed": seed,
+            "num_not_activated": int(np.count_nonzero(~activated)),
+        }
+        with _storage(workdir, provenance, faults, params, golden, labels) as storage:
+            run = ENGINES[engine](setup)
+            with _bar(storage.todo(activated), len(images), progress) as advance:
+                for rows in _blocks(faults, storage.todo(activated)):
+                    storage.write(rows, _checked_block(run, setup, faults[rows], seed, advance))
+            results = storage.results()
+    return Campaign(faults, *results, golden, labels, provenance)
+
+
+def load_campaign(directory: str | os.PathLike) -> Campaign:
+    """The campaign that `run_campaign(..., workdir=directory)` finished there.
+
+    Raises FileNotFoundError, or ValueError naming what is missing or damaged.
+    """
+    stored = load(directory)
+    golden, labels = stored.arrays["golden"], stored.arrays["labels"]
+    return Campaign(stored.faults, *stored.results, golden, labels, stored.fingerprint)
+
+
+class _Memory:
+    """Results kept in memory, for a campaign without a directory."""
+
+    def __init__(self, golden_results: Results, num_faults: int):
+        self._results = Results(*(np.repeat(a, num_faults, axis=0) for a in golden_results))
+        self._finished = np.zeros(num_faults, bool)
+
+    def todo(self, activated: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(activated & ~self._finished)
+
+    def write(self, rows: np.ndarray, results: Results) -> None:
+        for whole, part in zip(self._results, results, strict=True):
+            whole[rows] = part
+        self._finished[rows] = True
+
+    def results(self) -> Results:
+        return self._results
+
+
+class _Directory:
+    """Results kept in a store; faults that are not activated are written at once."""
+
+    def __init__(self, store: Store, golden_results: Results):
+        self._store, self._golden = store, golden_results
+
+    def todo(self, activated: np.ndarray) -> np.ndarray:
+        idle = np.flatnonzero(~activated & ~self._store.finished())
+        if len(idle):
+            self.write(idle, Results(*(np.repeat(a, len(idle), axis=0) for a in self._golden)))
+        return np.flatnonzero(~self._store.finished())
+
+    def write(self, rows: np.ndarray, results: Results) -> None:
+        self._store.write(rows, *results)
+
+    def results(self) -> Results:
+        return self._store.merge()
+
+
+@contextlib.contextmanager
+def _storage(workdir, provenance, faults, params, golden, labels) -> Iterator[Any]:
+    correct = np.asarray(jnp.argmax(golden, axis=-1)) == labels
+    if provenance["nan"] == "critical":
+        pass  # golden rows are never changed outputs
+    due = ~np.isfinite(golden).all(axis=-1)
+    masked = Results(
+        np.full((1, len(labels)), MASKED, np.uint8), due[None], np.array([correct.sum()], np.int32)
+    )
+    if workdir is None:
+        yield _Memory(masked, len(faults))
+        return
+    values = faults.values(params)
+    with open_store(workdir, provenance, faults, len(labels), values=values) as store:
+        store.keep(golden=golden, labels=labels)
+        yield _Directory(store, masked)
+
+
+def _blocks(faults: FaultList, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows that are run and saved together: faults of one leaf."""
+    for leaf in np.unique(faults.leaf[rows]):
+        of_leaf = rows[faults.leaf[rows] == leaf]
+        for start in range(0, len(of_leaf), _FAULTS_PER_BLOCK):
+            yield of_leaf[start : start + _FAULTS_PER_BLOCK]
+
+
+def _checked_block(
+    run: Callable, setup: Setup, faults: FaultList, seed: int, advance: Callable[[int], None]
+) -> Results:
+    """Runs a block with null faults at random places in it, which must all be masked."""
+    leaf = int(faults.leaf[0])
+    generator = np.random.default_rng([seed, leaf, int(faults.element[0])])
+    num_null = 1 + len(faults) // _FAULTS_PER_NULL
+    size = int(np.prod(faults.shapes[leaf], dtype=np.int64))
+    mixed = faults + faults.nulls(generator.integers(0, size, num_null))
+    order = generator.permutation(len(mixed))
+    results = run(mixed[order], advance)
+    place = np.argsort(order)
+    if np.any(results.outcomes[place[len(faults) :]] != MASKED):
+        raise NotReproducible(
+            f"a null fault in {faults.paths[leaf]} was not masked on {jax.default_backend()} "
+            f"with batches {setup.batches.shape[1:]}: the output for an image depends on its "
+            "place in the batch, so outcomes would be wrong. Nothing is reported; "
+            "try engine='reference' or another batch_size"
+        )
+    return Results(*(array[place[: len(faults)]] for array in results))
+
+
+@contextlib.contextmanager
+def _bar(todo: np.ndarray, num_images: int, progress: bool) -> Iterator[Callable[[int], None]]:
+    total = len(todo) * num_images
+    with tqdm(total=total, unit=" outcomes", unit_scale=True, disable=not progress) as bar:
+        yield lambda count: bar.update(min(count, total - bar.n)) and None
+
+
+def _checked_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim < 1 or not len(images):
+        raise ValueError(f"images have shape {images.shape}: allowed is [N, ...] with N >= 1")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels have shape {labels.shape}: allowed is {images.shape[:1]}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels have dtype {labels.dtype}: allowed are integers")
+    if images.dtype == np.float64 and not jax.config.jax_enable_x64:
+        images = images.astype(np.float32)
+    return images, labels.astype(np.int32)
+
+
+def _batched(images: np.ndarray, batch_size: int) -> np.ndarray:
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is out of range: allowed are integers >= 1")
+    batch_size = min(batch_size, len(images))
+    padding = -len(images) % batch_size
+    padded = np.concatenate([images, np.repeat(images[:1], padding, axis=0)])
+    return padded.reshape(-1, batch_size, *images.shape[1:])
+
+
+def _default_budget() -> int:
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(0.7 * statistics.get("bytes_limit", total))
+
+
+def _fingerprint(params: PyTree, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    device = jax.local_devices()[0]
+    return {
+        "params_sha256": _hash(*jax.tree.leaves(params)),
+        "images_sha256": _hash(images),
+        "labels_sha256": _hash(labels),
+        "jaxfi": metadata.version("jaxfi"),
+        "jax": jax.__version__,
+        "jaxlib": metadata.version("jaxlib"),
+        "backend": device.platform,
+        "device": device.device_kind,
+        "machine": platform.machine(),
+    }
+
+
+def _hash(*arrays: Any) -> str:
+    digest = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,301 @@
+"""How the fast engine treats each leaf: what is computed in columns, what is packed, what is cut.
+
+One fault touches one leaf, so what does not depend on the leaf is golden, and what comes after has
+golden weights. `plan_leaf` divides a network, for one leaf, into
+
+    prefix   golden, once per image batch
+    columns  the leaf's own operation and the channel tail, C faults at a time: column k of every
+             value is what the network would hold in channel c(k) with fault k alone in it
+    suffix   the rest, as an ordinary network, on rows packed from any faults and images
+
+and says why where it cannot ("slice": the suffix alone, one fault at a time).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import jax
+from jax.extend import core
+
+from jaxfi.rules import column_rule, operand_axes
+from jaxfi.slicing import (
+    UNKNOWN,
+    Network,
+    Value,
+    arithmetic,
+    is_boundary,
+    needed_equations,
+    reached_from,
+    variables,
+)
+
+
+class _NoColumns(Exception):
+    """Why a leaf cannot be computed in columns along the axis tried."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One equation of the columns; `columns` says which operands are columns, not golden."""
+
+    equation: core.JaxprEqn
+    columns: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """How faults in one leaf are run.
+
+    Attributes:
+      leaf: position of the leaf in the tree.
+      method: "columns", "slice", or "unreached" (the output does not depend on the leaf).
+      reason: why not columns; empty if columns.
+      axis: the leaf's axis that becomes the columns; `num_columns` is its length.
+      steps: the equations of the columns, in order; `axes` is the column axis of each value.
+      taken: golden values re-indexed along their column axis, to be operands of steps.
+      golden: golden values that steps read as they are.
+      compared: column values compared with golden: a fault that changes none of them is masked.
+      packed: column values from which rows are packed, one channel replaced.
+      carried: golden values whose rows are packed with them.
+      inputs: golden values that the prefix computes and the others start from.
+    """
+
+    leaf: int
+    method: str
+    reason: str = ""
+    axis: int = 0
+    num_columns: int = 1
+    steps: tuple[Step, ...] = ()
+    axes: dict[core.Var, int] = dataclasses.field(default_factory=dict)
+    taken: tuple[core.Var, ...] = ()
+    golden: tuple[core.Var, ...] = ()
+    compared: tuple[core.Var, ...] = ()
+    packed: tuple[core.Var, ...] = ()
+    carried: tuple[core.Var, ...] = ()
+    inputs: tuple[core.Var, ...] = ()
+
+    @property
+    def suffix_inputs(self) -> tuple[core.Var, ...]:
+        """What the suffix starts from: the packed values, then the carried ones."""
+        return self.packed + self.carried
+
+
+def plan_leaf(network: Network, leaf: int) -> LeafPlan:
+    """The plan for one leaf: columns along the last axis that allows it, else the slice alone."""
+    source = network.leaves[leaf]
+    if network.output not in reached_from(network, source):
+        return LeafPlan(leaf, "unreached", "the output does not depend on it")
+    reasons = []
+    for axis in reversed(range(len(source.aval.shape))):
+        try:
+            return _plan_columns(network, leaf, axis)
+        except _NoColumns as reason:
+            reasons.append(str(reason))
+    reason = reasons[0] if reasons else "it is a scalar"
+    return LeafPlan(leaf, "slice", reason, carried=(inputs := _slice_inputs(network, source)),
+                    inputs=inputs)  # fmt: skip
+
+
+def suffix_arithmetic(network: Network, plan: LeafPlan) -> int:
+    """Floating-point operations that a batch of packed rows costs after the columns."""
+    if plan.method == "unreached":
+        return 0
+    return arithmetic(needed_equations(network, [network.output], _known(network, plan)))
+
+
+def columns_arithmetic(network: Network, plan: LeafPlan) -> int:
+    """Floating-point operations that one group of columns costs for a batch."""
+    return arithmetic(step.equation for step in plan.steps)
+
+
+def network_arithmetic(network: Network) -> int:
+    """Floating-point operations of the whole network for a batch."""
+    return arithmetic(network.equations)
+
+
+def _known(network: Network, plan: LeafPlan) -> set[core.Var]:
+    return {*network.leaves, *plan.suffix_inputs}
+
+
+def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
+    source = network.leaves[leaf]
+    columns = _Columns(network, source, axis)
+    for equation in network.equations:
+        columns.propagate(equation)
+    if isinstance(network.output, core.Var) and network.output in columns.reached:
+        columns.compare(network.output)
+    if source in columns.frontier:
+        reader = next(e for e in network.consumers[source] if set(e.outvars) & columns.mixed)
+        raise _NoColumns(f"{reader.primitive.name} has no column rule for it")
+    for var in columns.frontier:
+        _check_batch_axis(network, var, columns.reached[var])
+
+    def may_cut(var: core.Var) -> bool:
+        return var not in columns.mixed and _is_storable(network, var)
+
+    suffix_inputs = _cut(network, [network.output], may_cut, forbidden=source)
+    packed = tuple(var for var in suffix_inputs if var in columns.reached)
+    carried = tuple(var for var in suffix_inputs if var not in columns.reached)
+    for var in packed:
+        _check_batch_axis(network, var, columns.reached[var])
+    golden = tuple(dict.fromkeys(columns.golden))
+    needed = _cut(network, (*columns.taken, *golden), lambda v: _is_storable(network, v))
+    compared = tuple(columns.frontier)
+    return LeafPlan(
+        leaf=leaf,
+        method="columns",
+        axis=axis,
+        num_columns=source.aval.shape[axis],
+        steps=tuple(columns.steps),
+        axes={**columns.reached, **columns.pulled},
+        taken=tuple(columns.taken),
+        golden=golden,
+        compared=compared,
+        packed=packed,
+        carried=carried,
+        inputs=tuple(dict.fromkeys((*needed, *compared, *packed, *carried))),
+    )
+
+
+class _Columns:
+    """Follows columns through the equations, in order (the state of `_plan_columns`)."""
+
+    def __init__(self, network: Network, source: core.Var, axis: int):
+        self.network = network
+        self.reached: dict[core.Var, int] = {source: axis}  # faulty columns
+        self.pulled: dict[core.Var, int] = {}  # golden columns
+        self.mixed: set[core.Var] = set()  # depends on the leaf, no longer in columns
+        self.frontier: dict[core.Var, None] = {}
+        self.steps: list[Step] = []
+        self.taken: list[core.Var] = []
+        self.golden: list[core.Var] = []
+
+    def propagate(self, equation: core.JaxprEqn) -> None:
+        operands = variables(equation.invars)
+        if not self.mixed.intersection(operands):
+            if not set(operands) & self.reached.keys():
+                return
+            axes = tuple(self._axis(value) for value in equation.invars)
+            found = column_rule(equation, axes)
+            if found is not None and self._try_step(equation, axes, *found):
+                self.reached.update(dict.fromkeys(equation.outvars, found[0]))
+                return
+        self.mixed.update(equation.outvars)
+        for var in operands:
+            if var in self.reached:
+                self.compare(var)
+
+    def compare(self, var: core.Var) -> None:
+        self.frontier[var] = None
+
+    def _axis(self, value: Value) -> int | None:
+        return None if isinstance(value, core.Literal) else self.reached.get(value)
+
+    def _try_step(
+        self,
+        equation: core.JaxprEqn,
+        axes: tuple[int | None, ...],
+        axis: int,
+        takes: tuple[int | None, ...],
+    ) -> bool:
+        wanted = [a if a is not None else take for a, take in zip(axes, takes, strict=True)]
+        for value, found, take in zip(equation.invars, axes, takes, strict=True):
+            if isinstance(value, core.Literal) or found is not None:
+                continue
+            if take is None:
+                self.golden.append(value)
+            elif not self._pull(value, take):
+                return False
+        self.steps.append(Step(equation, tuple(a is not None for a in wanted)))
+        return True
+
+    def _pull(self, var: core.Var, axis: int) -> bool:
+        """Makes a golden value available as columns: re-indexed where it may be cut, else again
+        computed from columns, so that it rounds as in the whole network."""
+        if var in self.pulled or var in self.reached:
+            return self.pulled.get(var, self.reached.get(var)) == axis
+        if is_boundary(self.network, var):
+            self.pulled[var] = axis
+            self.taken.append(var)
+            return True
+        equation = self.network.producers[var]
+        axes = operand_axes(equation, axis)
+        if axes is None:
+            return False
+        for value, operand_axis in zip(equation.invars, axes, strict=True):
+            if isinstance(value, core.Literal):
+                continue
+            if operand_axis is None:
+                self.golden.append(value)
+            elif not self._pull(value, operand_axis):
+                return False
+        self.steps.append(Step(equation, tuple(a is not None for a in axes)))
+        self.pulled[var] = axis
+        return True
+
+
+def _is_storable(network: Network, var: core.Var) -> bool:
+    """A value of the images that may be cut here, and whose rows can be picked by image."""
+    axis = network.batch_axis.get(var)
+    return axis is not None and axis != UNKNOWN and is_boundary(network, var)
+
+
+def _slice_inputs(network: Network, source: core.Var) -> tuple[core.Var, ...]:
+    reached = reached_from(network, source)
+
+    def may_cut(var: core.Var) -> bool:
+        on_images = network.batch_axis.get(var) is not None
+        return var not in reached and on_images and is_boundary(network, var)
+
+    return _cut(network, [network.output], may_cut)
+
+
+def _cut(
+    network: Network,
+    wanted: Iterable[Value],
+    may_cut: Callable[[core.Var], bool],
+    forbidden: core.Var | None = None,
+) -> tuple[core.Var, ...]:
+    """The values nearest to `wanted` that may be cut and from which, with the parameters, `wanted`
+    can be computed."""
+    found: dict[core.Var, None] = {}
+    seen: set[core.Var] = set()
+    stack = variables(wanted)
+    while stack:
+        var = stack.pop()
+        if var in seen:
+            continue
+        seen.add(var)
+        if var is forbidden:
+            raise _NoColumns("what follows its channel tail reads it too")
+        if may_cut(var):
+            found[var] = None
+        elif var in network.producers:
+            stack.extend(variables(network.producers[var].invars))
+        elif var is network.image:
+            found[var] = None
+    order = {var: n for n, e in enumerate(network.equations) for var in e.outvars}
+    return tuple(sorted(found, key=lambda var: order.get(var, -1)))
+
+
+def _check_batch_axis(network: Network, var: core.Var, column_axis: int) -> None:
+    axis = network.batch_axis.get(var)
+    if axis is None:
+        producer = network.producers.get(var)
+        raise _NoColumns(f"{producer.primitive.name if producer else 'its reader'} mixes channels")
+    if axis in (UNKNOWN, column_axis):
+        raise _NoColumns("the images' axis of a value behind it cannot be told")
+
+
+def leaf_bytes(network: Network, var: core.Var) -> int:
+    """Size of one value, bytes."""
+    return int(jax.numpy.dtype(var.aval.dtype).itemsize * max(1, _size(var.aval.shape)))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
