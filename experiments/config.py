@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 
 from jaxfi.augment import AffineRanges
+from jaxfi.campaign import ENGINES, PRECISIONS
 from jaxfi.data import DATASETS
 from jaxfi.faults import BIT_MODELS
 from jaxfi.files import write_whole, writing
@@ -21,8 +22,6 @@ from jaxfi.sampling import STUCK_AT
 from jaxfi.training.config import TrainConfig
 
 CONFIG_FILE = "config.json"
-ENGINES = ("fast", "reference", "vmap")
-PRECISIONS = ("highest", "high", "default")
 FAULT_MODELS = (*BIT_MODELS, STUCK_AT, "zero")
 
 
@@ -59,8 +58,8 @@ class Config:
     nan: str = _setting("argmax", "What a NaN output counts as: argmax (as published) or critical.")
     engine: str = _setting("fast", "Campaign engine: fast, reference or vmap.")
     precision: str = _setting("highest", "Matmul and convolution precision of the campaign.")
-    campaign_batch_size: int = _setting(0, "Images per campaign batch; 0 is the library's default.")
-    memory_budget: int = _setting(0, "Device bytes the campaign may use; 0 is no limit.")
+    campaign_batch_size: int = _setting(100, "Images per batch of the campaign.")
+    memory_budget: int = _setting(0, "Device bytes the campaign may use; 0 is 70 % of it.")
     seed: int = _setting(0, "Seed of initialisation, batches, dropout, augmentation and faults.")
 
     def validate(self) -> None:
@@ -69,6 +68,7 @@ class Config:
             self._require(name, getattr(self, name) in names, ", ".join(names))
         for name in _COUNTS:
             self._require(name, getattr(self, name) >= 0, "integers >= 0")
+        self._require("campaign_batch_size", self.campaign_batch_size >= 1, "integers >= 1")
         self.training(self.alpha).validate()
 
     def training(self, alpha: float) -> TrainConfig:
@@ -91,7 +91,7 @@ _NAMES = {
     "engine": ENGINES,
     "precision": PRECISIONS,
 }
-_COUNTS = ("num_train_images", "num_faults", "num_images", "campaign_batch_size", "memory_budget")
+_COUNTS = ("num_train_images", "num_faults", "num_images", "memory_budget")
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -28,7 +28,7 @@ from experiments.config import (
     define_flags,
     parse_flags,
 )
-from jaxfi.campaign import Campaign, run_campaign
+from jaxfi.campaign import Campaign, NotReproducible, run_campaign
 from jaxfi.data import Dataset, load_dataset, normalise
 from jaxfi.faults import FaultList, PyTree
 from jaxfi.models import MODELS
@@ -170,7 +170,7 @@ def write_report(
         )
         for loss, alpha in zip(LOSSES, (0.0, config.alpha), strict=True)
     ]
-    difference = paired_difference(*(campaigns[loss] for loss in LOSSES), rate="masked")
+    difference = paired_difference(*(campaigns[loss] for loss in LOSSES), "masked", config.t)
     tables.write_csv(rows, workdir / "table.csv")
     tables.write_markdown(rows, difference, workdir / "table.md")
     tables.write_latex(rows, difference, workdir / "table.tex")
@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit("error: --workdir is missing: give the folder for the results")
     try:
         run(config_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, NotReproducible) as error:
         sys.exit(f"error: {one_line(error)}")
 
 

@@ -109,7 +109,7 @@ BAD_INPUT = {
     "p": (1.0, "0 < p < 1"),
     "num_faults": (10**10, "104"),
     "num_images": (501, "500"),
-    "campaign_batch_size": (-1, ">= 0"),
+    "campaign_batch_size": (0, ">= 1"),
     "memory_budget": (-1, ">= 0"),
     "seed": (-1, ">= 0"),
     "fault_list": ("no/such/file.csv", "no/such/file.csv"),
