@@ -50,9 +50,9 @@ class Dataset:
 def load_dataset(name: str, input_size: int = 32) -> Dataset:
     """The data set called `name`, one of DATASETS, its images `input_size` pixels square.
 
-    Images of another size are resized bilinearly; decoded images are kept in the user's cache
-    folder (`$XDG_CACHE_HOME/jaxfi`), since decoding takes seconds. Raises ValueError for an unknown name or a size
-    below 1, FileNotFoundError, with the command that prepares it, where TFDS does not hold it.
+    Images of another size are resized bilinearly; decoded ones are kept in the user's cache folder
+    (`$XDG_CACHE_HOME/jaxfi`), since decoding takes seconds. Raises ValueError for an unknown name
+    or a size below 1, FileNotFoundError, with the command that prepares it, where TFDS lacks it.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset is {name!r}; allowed: {', '.join(DATASETS)}")

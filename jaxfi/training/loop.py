@@ -115,6 +115,7 @@ class _Run:
         batch_size = min(config.test_batch_size, len(dataset.test_labels))
         self.evaluate = make_evaluate(model, dataset.mean, dataset.std, batch_size)
         self.saved_at = time.monotonic()
+        self.is_saved = True
         self.best: TrainState | None = None  # not on disk yet
 
     def to_the_end(self, state: TrainState, position: _Position) -> TrainState:
@@ -122,7 +123,7 @@ class _Run:
             started = time.perf_counter()
             state = self.epoch(state, position)
             state = self.finish_epoch(state, position, started)
-        if self.folder and time.monotonic() != self.saved_at:
+        if self.folder and not self.is_saved:
             self.save(state, position)
         return state
 
@@ -135,6 +136,7 @@ class _Run:
             state = self.run_steps(state, batches, rate, position.step, stop)
             self.require_finite(state, position)
             position.step = stop
+            self.is_saved = False
             self.show(position)
             if stop < self.steps_per_epoch:
                 self.save_if_due(state, position)
@@ -196,7 +198,7 @@ class _Run:
             save_checkpoint(checkpoints / "best", {"variables": _variables(self.best)}, best)
             self.best = None
         save_checkpoint(checkpoints / "last", _to_tree(state), dataclasses.asdict(position))
-        self.saved_at = time.monotonic()
+        self.saved_at, self.is_saved = time.monotonic(), True
 
 
 def epoch_batches(train_set: tuple[jax.Array, jax.Array], seed: int, epoch: int) -> Batches:

@@ -1,0 +1,90 @@
+"""Checkpoints: round trip, versions, damage."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxfi import checkpoint
+from jaxfi.checkpoint import has_checkpoint, load_checkpoint, load_variables, save_checkpoint
+
+TREE = {
+    "variables": {"params": {"conv": {"kernel": np.linspace(0, 1, 12).reshape(3, 4)}}},
+    "rest": {"00000": np.int32(7).reshape(()), "00001": np.array([1.5, np.nan], np.float32)},
+}
+
+
+def test_round_trip_keeps_bits_and_info(tmp_path):
+    save_checkpoint(tmp_path / "last", TREE, {"epoch": 3, "history": [[1, 0.25]]})
+    tree, info = load_checkpoint(tmp_path / "last")
+    assert info == {"epoch": 3, "history": [[1, 0.25]]}
+    for name in TREE["rest"]:
+        assert tree["rest"][name].dtype == TREE["rest"][name].dtype
+        assert tree["rest"][name].tobytes() == TREE["rest"][name].tobytes()
+    kernel = load_variables(tmp_path / "last")["params"]["conv"]["kernel"]
+    np.testing.assert_array_equal(kernel, TREE["variables"]["params"]["conv"]["kernel"])
+
+
+def test_jax_arrays_and_bfloat16(tmp_path):
+    save_checkpoint(tmp_path, {"variables": {"a": jnp.ones(3, jnp.bfloat16)}}, {})
+    assert load_variables(tmp_path)["a"].dtype == jnp.bfloat16
+
+
+def test_newest_version_wins_and_older_ones_go(tmp_path):
+    for number in range(3):
+        save_checkpoint(tmp_path, {"variables": {"a": np.full(2, number)}}, {"number": number})
+    assert load_checkpoint(tmp_path)[1] == {"number": 2}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, TREE, {"number": 0})
+
+    class FullDisk:
+        def save(self, *args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_orbax", FullDisk)
+    with pytest.raises(OSError, match="cannot write the checkpoint .*No space left"):
+        save_checkpoint(tmp_path, TREE, {"number": 1})
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)[1] == {"number": 0}
+
+
+def test_absent(tmp_path):
+    assert not has_checkpoint(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
+        load_variables(tmp_path / "none")
+
+
+def test_foreign(tmp_path):
+    (tmp_path / "000000").mkdir()
+    (tmp_path / "000000" / "weights.bin").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        load_checkpoint(tmp_path)
+
+
+def test_orbax_checkpoint_of_somebody_else(tmp_path):
+    checkpoint._orbax().save(tmp_path / "000000", {"a": np.ones(2)})
+    with pytest.raises(ValueError, match="it is not marked as jaxfi-checkpoint-1"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_damage_to_any_file_is_told_or_harmless(tmp_path, damage):
+    save_checkpoint(tmp_path, TREE, {})
+    told = 0
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        half = len(content) // 2
+        flipped = bytes(byte ^ 0xFF for byte in content[half:])
+        path.write_bytes(content[:half] + (flipped if damage == "altered" else b""))
+        try:
+            tree, _ = load_checkpoint(tmp_path)
+            assert tree["rest"]["00001"].tobytes() == TREE["rest"]["00001"].tobytes()
+        except ValueError as error:
+            assert "damaged or foreign" in str(error)
+            told += 1
+        path.write_bytes(content)
+    assert told >= 2
