@@ -165,8 +165,8 @@ def exact_cover_size(
 ) -> ExactCover:
     """The smallest image set that detects every detectable fault, by integer programming (HiGHS).
 
-    For small instances: the time grows exponentially. At the time limit the best cover so far and
-    a bound are returned, so `lower < size`.
+    The time may grow exponentially. At the time limit the best cover so far and a bound are
+    returned, so `lower < size`.
 
     Args:
       outcomes, detect: as of `cover`.
@@ -179,7 +179,7 @@ def exact_cover_size(
     greedy = cover(outcomes, detect).images
     if len(greedy) <= 1:
         return ExactCover(len(greedy), len(greedy), greedy)
-    detects = _distinct_faults(outcomes, detect)
+    detects = _hardest_faults(outcomes, detect)
     solution = optimize.milp(
         np.ones(detects.shape[1]),
         integrality=1,
@@ -244,11 +244,25 @@ def _pack_by_image(outcomes: np.ndarray, detect: str) -> np.ndarray:
     return bits.view(np.uint64)
 
 
-def _distinct_faults(outcomes: np.ndarray, detect: str) -> np.ndarray:
-    """[R, N] bool: the detectable faults without those that the same images detect."""
+def _hardest_faults(outcomes: np.ndarray, detect: str) -> np.ndarray:
+    """[R, N] bool: the detectable faults, less those that are detected with some other one kept.
+
+    A fault that all images of another fault detect needs no constraint of its own. Most faults of
+    a campaign are such, which is what brings real campaigns into the solver's reach.
+    """
     detects = _detected(_checked_outcomes(outcomes, detect), detect)
-    packed, first = np.unique(np.packbits(detects, axis=1), axis=0, return_index=True)
-    return detects[first[packed.any(axis=1)]]
+    padded = np.pad(detects, ((0, 0), (0, -detects.shape[1] % 64)))
+    words = np.ascontiguousarray(np.packbits(padded, axis=1)).view(np.uint64)
+    words, first = np.unique(words, axis=0, return_index=True)
+    fewest_first = np.argsort(np.bitwise_count(words).sum(axis=1, dtype=np.int64), kind="stable")
+    kept = np.empty_like(words)
+    rows: list[int] = []
+    for row in fewest_first:
+        implied = ~(kept[: len(rows)] & ~words[row]).any(axis=1)
+        if words[row].any() and not implied.any():
+            kept[len(rows)] = words[row]
+            rows.append(first[row])
+    return detects[rows]
 
 
 def _detected(outcomes: np.ndarray, detect: str) -> np.ndarray:
