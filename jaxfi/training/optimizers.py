@@ -1,7 +1,8 @@
 """The studies' optimizers with PyTorch's arithmetic, built of optax's pieces.
 
 optax's own aliases differ: Adagrad starts its accumulator at 0.1 and puts ε under the root,
-RMSprop puts ε under the root, and weight decay is decoupled. Here, as in torch.optim, weight decay
+RMSprop puts ε under the root, Adam takes 1 - βᵗ in float32, where it cancels (6e-5 off at first),
+and weight decay is decoupled. Here, as in torch.optim, weight decay
 is L2: λ·w joins the gradient before anything else sees it.
 """
 
@@ -23,6 +24,14 @@ class SquaresState(NamedTuple):
     squares: Any
 
 
+class AdamState(NamedTuple):
+    """Steps taken, and running means of the gradient and of its square."""
+
+    count: jax.Array
+    mean: Any
+    squares: Any
+
+
 def adadelta(
     lr: Any = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: Any = 0.0
 ) -> optax.GradientTransformation:
@@ -37,7 +46,7 @@ def adam(
     weight_decay: Any = 0.0,
 ) -> optax.GradientTransformation:
     """torch.optim.Adam."""
-    return _chain(optax.scale_by_adam(*betas, eps), lr, weight_decay)
+    return _chain(_scale_by_adam(*betas, eps), lr, weight_decay)
 
 
 def sgd(
@@ -120,5 +129,25 @@ def _scale_by_squares(
         squares = jax.tree.map(advance, state.squares, updates)
         scaled = jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + eps), updates, squares)
         return scaled, SquaresState(squares)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    def init(params: Any) -> AdamState:
+        mean, squares = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return AdamState(jnp.int32(0), mean, squares)
+
+    def update(updates: Any, state: AdamState, params: Any = None) -> Any:
+        mean = optax.tree.update_moment(updates, state.mean, beta1, 1)
+        squares = optax.tree.update_moment(updates, state.squares, beta2, 2)
+        count = state.count + 1
+        # 1 - βᵗ without cancellation
+        correction1, correction2 = (-jnp.expm1(count * math.log(b)) for b in (beta1, beta2))
+        root = jnp.sqrt(correction2)
+        scaled = jax.tree.map(
+            lambda m, s: m / correction1 / (jnp.sqrt(s) / root + eps), mean, squares
+        )
+        return scaled, AdamState(count, mean, squares)
 
     return optax.GradientTransformation(init, update)
