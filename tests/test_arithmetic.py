@@ -1,0 +1,214 @@
+"""Emulated arithmetic against rounding done in NumPy's float64, and what it does to campaigns."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxfi.arithmetic import ARITHMETIC, with_arithmetic
+
+# Bits of mantissa, smallest normal exponent, largest exponent.
+FORMATS = {"tf32": (10, -126, 127), "bfloat16": (7, -126, 127), "float16": (10, -14, 15)}
+
+
+def round_in_float64(x: np.ndarray, name: str) -> np.ndarray:
+    """Nearest value of the format, ties to even; beyond the largest, Inf."""
+    mantissa, smallest, largest = FORMATS[name]
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        wide = x.astype(np.float64)
+        exponent = np.maximum(np.frexp(wide)[1] - 1, smallest)
+        step = np.ldexp(1.0, np.where(np.isfinite(wide), exponent, 0) - mantissa)
+        rounded = np.rint(wide / step) * step  # rint takes ties to even
+        beyond = np.abs(rounded) >= 2.0 ** (largest + 1)
+        return np.where(beyond, np.copysign(np.inf, wide), rounded).astype(np.float32)
+
+
+def interesting_values(name: str) -> np.ndarray:
+    """Ties and their neighbours at every exponent, subnormals, limits, Inf, NaN, any words."""
+    mantissa = FORMATS[name][0]
+    rng = np.random.default_rng(0)
+    top = rng.integers(0, 2**mantissa, (255, 40)).astype(np.uint32) << np.uint32(23 - mantissa)
+    tie = np.uint32(1 << (22 - mantissa))
+    words = (np.arange(255, dtype=np.uint32)[:, None] << np.uint32(23)) | top
+    words = np.stack([words, words | tie, (words | tie) - 1, (words | tie) + 1]).ravel()
+    special = np.array([0.0, np.inf, np.nan, 65504, 65519.996, 65520, 2**-24, 2**-25], np.float32)
+    tiny = np.ldexp(rng.integers(1, 2**13, 3000), -27).astype(np.float32)  # float16's subnormals
+    signalling = np.array([0x7F800001, 0x7FFFFFFF], np.uint32)
+    anything = rng.integers(0, 2**32, 20_000, dtype=np.uint32)
+    words = np.concatenate([words, special.view(np.uint32), tiny.view(np.uint32), signalling])
+    words = np.concatenate([words, words ^ np.uint32(1 << 31), anything])
+    return words.view(np.float32)
+
+
+def assert_same_bits(got, expected):
+    got, expected = np.asarray(got), np.asarray(expected)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(
+        got[numbers].view(np.uint32), expected[numbers].view(np.uint32), strict=True
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounding_is_numpys_to_the_bit(name):
+    x = interesting_values(name)
+    expected = round_in_float64(x, name)
+    assert_same_bits(jax.jit(ARITHMETIC[name])(x), expected)
+    assert_same_bits(ARITHMETIC[name](jnp.asarray(x)), expected)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_the_oracle_is_the_ieee_cast(name):
+    x = interesting_values(name)
+    dtype = np.float16 if name == "float16" else ml_dtypes.bfloat16
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = x.astype(dtype).astype(np.float32)
+    assert_same_bits(round_in_float64(x, name), cast)
+
+
+# Networks
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+PARAMS = {
+    "layer1": {"conv": {"kernel": jax.random.normal(KEYS[0], (3, 3, 3, 8)), "bias": jnp.ones(8)}},
+    "layer2": {"dense": {"kernel": jax.random.normal(KEYS[1], (8, 10)), "scale": jnp.ones(10)}},
+}
+IMAGES = jax.random.normal(KEYS[2], (4, 6, 6, 3))
+
+
+def convolve(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+    )
+
+
+def multiply(x, kernel):
+    return jnp.matmul(x, kernel, precision="highest")
+
+
+def network(params, images):
+    conv, dense = params["layer1"]["conv"], params["layer2"]["dense"]
+    x = jax.nn.relu(convolve(images, conv["kernel"]) + jnp.expand_dims(conv["bias"], (0, 1, 2)))
+    return multiply(x.mean((1, 2)), dense["kernel"] * dense["scale"][None])
+
+
+def in_numpy_rounded(params, images, first, second):
+    """The same network as three programs, with the operands rounded by NumPy between them."""
+
+    def rounded(x, name):
+        return x if name == "float32" else jnp.asarray(round_in_float64(np.asarray(x), name))
+
+    conv, dense = params["layer1"]["conv"], params["layer2"]["dense"]
+    x = jax.jit(convolve)(rounded(images, first), rounded(conv["kernel"], first))
+    x = jax.jit(lambda x: jax.nn.relu(x + jnp.ones((1, 1, 1, 8))).mean((1, 2)))(x)
+    return jax.jit(multiply)(rounded(x, second), rounded(dense["kernel"], second))
+
+
+@pytest.mark.parametrize(
+    "arithmetic, first, second",
+    [
+        ({"*": "tf32"}, "tf32", "tf32"),
+        ({"layer2/*": "tf32", "*": "float32"}, "float32", "tf32"),
+        ({"layer1/*": "bfloat16", "layer2/*": "float16"}, "bfloat16", "float16"),
+        ({"layer1/conv/kernel": "float16", "layer*": "float32"}, "float16", "float32"),
+        ({"*": "float32"}, "float32", "float32"),
+        ({}, "float32", "float32"),
+    ],
+)
+def test_each_layer_has_its_own_operands(arithmetic, first, second):
+    got = jax.jit(with_arithmetic(network, arithmetic))(PARAMS, IMAGES)
+    expected = in_numpy_rounded(PARAMS, IMAGES, first, second)
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
+    if (first, second) != ("float32", "float32"):
+        assert not np.allclose(got, network(PARAMS, IMAGES), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_compiler_keeps_the_rounding(name):
+    """One matmul of exact products: any lost rounding would show in the bits."""
+    x = interesting_values(name)
+    x = x[np.isfinite(x) & (np.abs(x) > 1e-30) & (np.abs(x) < 1e4)][:4096].reshape(-1, 1)
+    params = {"w": jnp.ones((1, 1))}
+    rounded = with_arithmetic(lambda params, x: multiply(x, params["w"]), {"*": name})
+    assert_same_bits(jax.jit(rounded)(params, x), round_in_float64(x, name))
+
+
+def test_float32_is_the_network_itself():
+    got = jax.jit(with_arithmetic(network, {"*": "float32"}))(PARAMS, IMAGES)
+    assert_same_bits(got, jax.jit(network)(PARAMS, IMAGES))
+
+
+def test_float16_overflows():
+    params = jax.tree.map(lambda x: x * 1e30, PARAMS)
+    assert not np.isfinite(with_arithmetic(network, {"*": "float16"})(params, IMAGES)).any()
+
+
+def rounding_operations(apply_fn, params, images):
+    return str(jax.make_jaxpr(apply_fn)(params, images)).count("reduce_precision")
+
+
+def test_a_matmul_without_parameters_takes_the_star():
+    def attention(params, images):
+        x = images.reshape(len(images), -1, 3)
+        query = multiply(x, params["query"])
+        return multiply(query, x.swapaxes(1, 2)).mean(-1)
+
+    params = {"query": jnp.ones((3, 3))}
+    count = {
+        entry: rounding_operations(with_arithmetic(attention, arithmetic), params, IMAGES)
+        for entry, arithmetic in {
+            "leaf": {"query": "tf32"},
+            "rest": {"query": "float32", "*": "tf32"},
+            "all": {"*": "tf32"},
+        }.items()
+    }
+    assert count == {"leaf": 2, "rest": 2, "all": 4}
+
+
+def test_integer_matmuls_and_narrow_operands_are_left():
+    def apply_fn(params, images):
+        hot = multiply((images > 0).astype(jnp.int32).reshape(4, -1), params["table"])
+        return hot.astype(jnp.float32)
+
+    params = {"table": jnp.ones((108, 5), jnp.int32)}
+    assert rounding_operations(with_arithmetic(apply_fn, {"*": "tf32"}), params, IMAGES) == 0
+
+
+def test_gradients_pass():
+    def loss(params, arithmetic):
+        return with_arithmetic(network, arithmetic)(params, IMAGES).sum()
+
+    exact, rounded = (jax.grad(loss)(PARAMS, {"*": name}) for name in ("float32", "tf32"))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize(
+    "arithmetic, message",
+    [
+        ({"layer3/*": "tf32"}, "'layer3/.' is the first to match no leaf.*layer1/conv/bias"),
+        ({"*": "tf32", "layer1/*": "float32"}, "'layer1/.' is the first"),
+    ],
+)
+def test_a_pattern_without_leaves_is_an_error(arithmetic, message):
+    with pytest.raises(ValueError, match=message):
+        with_arithmetic(network, arithmetic)(PARAMS, IMAGES)
+
+
+def test_an_unknown_arithmetic_is_an_error_at_once():
+    with pytest.raises(ValueError, match="'tf23': allowed are float32, tf32, bfloat16, float16"):
+        with_arithmetic(network, {"*": "tf23"})
+
+
+def test_a_loop_over_layers_is_an_error():
+    def loop(params, images):
+        x = images.reshape(4, -1)
+        return lax.scan(lambda x, w: (multiply(x, w), None), x, params["kernels"])[0]
+
+    params = {"kernels": jnp.ones((2, 108, 108))}
+    with pytest.raises(ValueError, match="dot_general inside a scan"):
+        with_arithmetic(loop, {"*": "tf32"})(params, IMAGES)
