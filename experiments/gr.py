@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
@@ -197,6 +197,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
     if not flags.FLAGS.workdir:
         sys.exit("error: --workdir is missing: give the folder for the results")
+    logging.set_verbosity(logging.WARNING)  # matplotlib tells of every glyph
     try:
         run(config_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
     except (ValueError, TypeError, OSError, FloatingPointError, NotReproducible) as error:

@@ -107,7 +107,7 @@ BAD_INPUT = {
     "margin": (1.5, "0 < margin < 1"),
     "t": (0.0, "t > 0"),
     "p": (1.0, "0 < p < 1"),
-    "num_faults": (10**10, "104"),
+    "num_faults": (10**10, "there are 52027712 fault sites"),
     "num_images": (501, "500"),
     "campaign_batch_size": (0, ">= 1"),
     "memory_budget": (-1, ">= 0"),

@@ -127,10 +127,8 @@ def critical_by_layer(
             critical = _column(parts, "critical")
             style = _SERIES_STYLES[number % len(_SERIES_STYLES)]
             beyond = _percent(critical) + _bars(critical)[1] > limit
-            axes.plot(
-                np.full(beyond.sum(), limit), rows[beyond], linestyle="none", marker=">",
-                markersize=4, color=style["color"], clip_on=False,
-            )  # fmt: skip
+            for row in rows[beyond]:
+                axes.plot(limit, row, marker=">", ms=4, color=style["color"], clip_on=False)
             axes.errorbar(
                 _percent(critical), rows, xerr=_bars(critical), label=label, linestyle="none",
                 markersize=4.5, elinewidth=1.0, capsize=2.0, zorder=3, **style,
