@@ -30,12 +30,12 @@ _FLOAT16_SMALLEST_NORMAL, _FLOAT16_STEPS = 2.0**-14, 2.0**24
 
 def round_to_tf32(x: jax.Array) -> jax.Array:
     """`x` with 10 bits of mantissa and float32's exponents; nearest, ties to even."""
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+    return _reduce(x, exponent_bits=8, mantissa_bits=10)
 
 
 def round_to_bfloat16(x: jax.Array) -> jax.Array:
     """`x` with bfloat16's values, in its own dtype; nearest, ties to even."""
-    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return _reduce(x, exponent_bits=8, mantissa_bits=7)
 
 
 def round_to_float16(x: jax.Array) -> jax.Array:
@@ -46,9 +46,19 @@ def round_to_float16(x: jax.Array) -> jax.Array:
     >>> round_to_float16(jnp.array([65519.0, 65520.0, 3e-8, 1e-8])).tolist()
     [65504.0, inf, 5.960464477539063e-08, 0.0]
     """
-    normal = lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
-    steps = lax.round(x * _FLOAT16_STEPS, lax.RoundingMethod.TO_NEAREST_EVEN)
-    return jnp.where(jnp.abs(x) < _FLOAT16_SMALLEST_NORMAL, steps / _FLOAT16_STEPS, normal)
+    wide = _widen(x)
+    normal = _reduce(wide, exponent_bits=5, mantissa_bits=10)
+    steps = lax.round(wide * _FLOAT16_STEPS, lax.RoundingMethod.TO_NEAREST_EVEN)
+    rounded = jnp.where(jnp.abs(wide) < _FLOAT16_SMALLEST_NORMAL, steps / _FLOAT16_STEPS, normal)
+    return rounded.astype(x.dtype)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+def _reduce(x: jax.Array, exponent_bits: int, mantissa_bits: int) -> jax.Array:
+    return lax.reduce_precision(_widen(x), exponent_bits, mantissa_bits).astype(x.dtype)
 
 
 ARITHMETIC: Mapping[str, Rounding | None] = {
@@ -156,7 +166,8 @@ def _rounding(
     if name not in _MATRIX_UNIT:
         _check_no_matrix_unit_inside(equation)
         return None
-    if not all(jnp.issubdtype(value.aval.dtype, jnp.floating) for value in equation.invars):
+    dtypes = [value.aval.dtype for value in equation.invars]  # type: ignore[attr-defined]
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         return None
     operands = [sources.get(var, frozenset()) for var in variables(equation.invars)]
     leaves = frozenset().union(*(source for source in operands if _IMAGES not in source))

@@ -70,6 +70,19 @@ def test_the_oracle_is_the_ieee_cast(name):
     assert_same_bits(round_in_float64(x, name), cast)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_narrow_words_are_rounded_as_the_float32_they_stand_for(dtype, name):
+    x = np.arange(2**16, dtype=np.uint16).view(dtype)
+    got = jax.jit(ARITHMETIC[name])(x)
+    assert got.dtype == dtype
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = round_in_float64(x.astype(np.float32), name).astype(dtype).astype(np.float32)
+    # XLA on the CPU computes with bfloat16's subnormals as zeros.
+    normal = np.abs(expected) >= (2.0**-126 if dtype == jnp.bfloat16 else 0)
+    assert_same_bits(np.asarray(got).astype(np.float32)[normal], expected[normal])
+
+
 # Networks
 
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -169,7 +182,7 @@ def test_a_matmul_without_parameters_takes_the_star():
     assert count == {"leaf": 2, "rest": 2, "all": 4}
 
 
-def test_integer_matmuls_and_narrow_operands_are_left():
+def test_integer_matmuls_are_left():
     def apply_fn(params, images):
         hot = multiply((images > 0).astype(jnp.int32).reshape(4, -1), params["table"])
         return hot.astype(jnp.float32)
