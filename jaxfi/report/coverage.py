@@ -241,6 +241,7 @@ def _dress(axes: Axes, title: str, num_images: int) -> None:
     )
     axes.set_ylim(0, axes.get_ylim()[1] * 1.2)  # room for the lines of text
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
     axes.grid(linewidth=0.4, color="#dddddd")
     axes.set_axisbelow(True)
 
