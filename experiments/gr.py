@@ -61,7 +61,7 @@ def run(config: Config, workdir: Path) -> list[tables.TableRow]:
         trained = train_network(config, alpha, module, variables, dataset, folder)
         folder = workdir / "campaigns" / loss
         campaigns[loss] = inject_faults(config, module, trained, faults, dataset, folder)
-    return write_report(config, campaigns, layer_order(variables["params"]), workdir)
+    return write_report(config, campaigns, layer_order(module, dataset), workdir)
 
 
 def load_images(config: Config) -> Dataset:
@@ -87,12 +87,19 @@ def load_images(config: Config) -> Dataset:
 def initialise(module: nn.Module, dataset: Dataset, seed: int) -> PyTree:
     """The variables that both trainings start from."""
     image = jnp.zeros((1, *dataset.train_images.shape[1:]), jnp.float32)
-    return module.init(jax.random.key(seed), image)
+    return jax.jit(module.init)(jax.random.key(seed), image)
 
 
-def layer_order(params: PyTree) -> list[str]:
-    """Layer names from input to output: Flax's init makes them in the order of their use."""
-    return list(dict.fromkeys(map(layer_name, flatten_dict(params, sep="/"))))
+def layer_order(module: nn.Module, dataset: Dataset) -> list[str]:
+    """Layer names from input to output: Flax makes parameters in the order of their use."""
+    paths: list[str] = []
+
+    def record(image: jax.Array) -> None:
+        variables = module.init(jax.random.key(0), image)
+        paths.extend(flatten_dict(variables["params"], sep="/"))  # a tree that leaves is sorted
+
+    jax.eval_shape(record, jnp.zeros((1, *dataset.train_images.shape[1:]), jnp.float32))
+    return list(dict.fromkeys(map(layer_name, paths)))
 
 
 def list_faults(config: Config, params: PyTree) -> FaultList:
