@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -238,7 +239,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> N
 
 def print_agreement(title: str, agreements: Sequence[Agreement], console: Console) -> None:
     """The table on the terminal; ± is the half width of the interval around ours (t = 2.58)."""
-    table = Table(title=f"Published and measured shares, {title}")
+    table = Table(title=f"Published and measured shares, {title}", box=box.SIMPLE_HEAD)
     table.add_column("Layer")
     table.add_column("Bits")
     for heading in ("Faults", "Masked", "ours", "±", "Critical", "ours", "±"):
@@ -246,7 +247,7 @@ def print_agreement(title: str, agreements: Sequence[Agreement], console: Consol
     for found in agreements:
         cells = [found.layer, found.bits, f"{found.num_faults:,}"]
         for published, measured in (found.masked, found.critical):
-            half = (measured.high - measured.low) / 2
+            half = max(measured.high - measured.value, measured.value - measured.low)
             cells += [f"{published:.4f}", f"{measured.value:.4f}", f"{half:.4f}"]
         table.add_row(*cells)
     console.print(table)

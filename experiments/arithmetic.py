@@ -1,0 +1,164 @@
+"""How much of "masked" belongs to the accelerator? The same faults under several arithmetics.
+
+One network, one fault list with equally many faults of every bit position, the same images; all
+convolutions and matmuls multiply operands of float32, TF32, bfloat16. Writes arithmetic.csv and
+the figure masked_by_arithmetic (PDF, SVG, PNG).
+
+    python -m experiments.arithmetic --flagfile=experiments/flags/arithmetic.flags \\
+        --weights=FILE.npz --workdir=runs/arithmetic
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments.config import check_same_config, claim_workdir, parse_flags
+from experiments.ground_truth import check_arithmetic, load_subject
+from jaxfi.campaign import Campaign, run_campaign
+from jaxfi.files import write_whole
+from jaxfi.report.by_arithmetic import masked_beyond, masked_by_arithmetic
+from jaxfi.report.figures import save_figure
+from jaxfi.report.shares import shares_by_bit
+from jaxfi.sampling import sample_faults
+
+COLUMNS = (
+    "arithmetic", "bit", "num_faults", "masked", "masked_low", "masked_high", "masked_by_rounding",
+    "critical", "critical_low", "critical_high",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result; the flags have the same names and say what they mean."""
+
+    network: str
+    weights: str
+    dataset: str
+    mean: list[float]
+    std: list[float]
+    arithmetics: list[str]
+    num_faults: int
+    num_images: int
+    jpeg_quality: int
+    nan: str
+    engine: str
+    batch_size: int
+    seed: int
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of `Settings`, and --workdir."""
+    text: Any = functools.partial(flags.DEFINE_string, flag_values=values)
+    number: Any = functools.partial(flags.DEFINE_integer, flag_values=values)
+    choice: Any = functools.partial(flags.DEFINE_enum, flag_values=values)
+    several: Any = functools.partial(flags.DEFINE_list, flag_values=values)
+    text("workdir", None, "Folder of the results; the same again continues.")
+    text("weights", None, "PyTorch state dict of the network: .npz, .safetensors or .pt.")
+    text("network", "resnet20", "Network: a name in jaxfi.models.MODELS.")
+    text("dataset", "cifar10", "Its test images are used: digits, mnist or cifar10.")
+    several("mean", ["0.4914", "0.4822", "0.4465"], "Of pixels in [0, 1], per channel.")
+    several("std", ["0.2023", "0.1994", "0.2010"], "Of pixels in [0, 1], per channel.")
+    several("arithmetics", ["float32", "tf32", "bfloat16"], "The first is compared with.")
+    number("num_faults", 640, "Faults, equally many of each bit position.", 32)
+    number("num_images", 0, "Test images, the first ones; 0 is all.", 0)
+    number("jpeg_quality", 0, "Compress the images again at this quality; 0: do not.", 0, 95)
+    choice("nan", "argmax", ("argmax", "critical"), "What a NaN output counts as.")
+    choice("engine", "fast", ("fast", "reference", "vmap"), "Campaign engine.")
+    number("batch_size", 100, "Images per batch.", 1)
+    number("seed", 0, "Seed of the faults.")
+
+
+def settings_from_flags(values: flags.FlagValues) -> Settings:
+    """Raises ValueError for a missing file name or numbers that are none."""
+    given: dict[str, Any] = {
+        field.name: values[field.name].value for field in dataclasses.fields(Settings)
+    }
+    if not given["weights"]:
+        raise ValueError("--weights is missing: give the network's state dict")
+    for name in ("mean", "std"):
+        given[name] = [float(number) for number in given[name]]
+    return Settings(**given)
+
+
+def run(settings: Settings, workdir: Path) -> dict[str, Campaign]:
+    """One campaign per arithmetic. Raises ValueError or OSError, in one line, before any."""
+    check_same_config(settings, workdir)  # type: ignore[arg-type]
+    subject = load_subject(settings)
+    networks = {name: check_arithmetic(subject, {"*": name}) for name in settings.arithmetics}
+    faults = sample_faults(settings.seed, subject.params, settings.num_faults, by="bit")
+    claim_workdir(settings, workdir)  # type: ignore[arg-type]
+    campaigns = {
+        name: run_campaign(
+            apply_fn,
+            subject.params,
+            faults,
+            subject.images,
+            subject.labels,
+            nan=settings.nan,
+            engine=settings.engine,
+            batch_size=settings.batch_size,
+            progress=True,
+            workdir=workdir / name,
+        )
+        for name, apply_fn in networks.items()
+    }
+    write_table(workdir / "arithmetic.csv", campaigns)
+    save_figure(masked_by_arithmetic(campaigns), workdir / "masked_by_arithmetic")
+    print_summary(campaigns, subject.note)
+    return campaigns
+
+
+def write_table(path: Path, campaigns: Mapping[str, Campaign]) -> None:
+    """Shares by arithmetic and bit position, fractions with intervals."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    first = next(iter(campaigns.values()))
+    for name, campaign in campaigns.items():
+        beyond = masked_beyond(first, campaign)
+        for part in shares_by_bit(campaign):
+            by_rounding = beyond[campaign.faults.bit == int(part.name)].mean()
+            numbers = (*part.masked, by_rounding, *part.critical)
+            row = [f"{number:.6f}" for number in numbers]
+            writer.writerow([name, part.name, part.num_faults, *row])
+    write_whole(path, text.getvalue().encode())
+
+
+def print_summary(campaigns: Mapping[str, Campaign], note: str) -> None:
+    """Accuracy and shares over all bits, per arithmetic."""
+    first = next(iter(campaigns.values()))
+    for name, campaign in campaigns.items():
+        rates = campaign.rates()
+        beyond = masked_beyond(first, campaign).mean()
+        print(
+            f"{name}: clean accuracy {campaign.clean_accuracy:.4f}, "
+            f"masked {rates.masked.value:.4f} [{rates.masked.low:.4f}, {rates.masked.high:.4f}], "
+            f"of which by rounding {beyond:.4f}, critical {rates.critical.value:.4f} "
+            f"[{rates.critical.low:.4f}, {rates.critical.high:.4f}]"
+        )
+    print(f"{len(first.faults):,} faults x {len(first.labels):,} images; {note}")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+    try:
+        if not flags.FLAGS.workdir:
+            raise ValueError("--workdir is missing: give the folder for the results")
+        run(settings_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main, flags_parser=parse_flags)
