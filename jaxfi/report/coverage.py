@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 
 from jaxfi.files import write_whole
 from jaxfi.report.figures import _SERIES_STYLES, _WIDTH, _style
+from jaxfi.report.page import literal
 from jaxfi.testset import (
     DETECTS,
     Cover,
@@ -43,6 +44,10 @@ HEADINGS = (
     "Random 90 %", "99 %", "100 %",
 )  # fmt: skip
 _RANDOM: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (4, 2))}
+_LATEX = (  # the backslash first: the others bring their own
+    ("\\", r"\textbackslash "), *((c, "\\" + c) for c in "_%&#${}"), ("~", r"\textasciitilde "),
+    ("^", r"\textasciicircum "), ("α", r"$\alpha$"), ("×", r"$\times$"), ("–", "--"),
+)  # fmt: skip
 _TITLES = {"observable": "Observable faults", "critical": "Critical faults"}
 
 
@@ -124,7 +129,7 @@ def coverage_figure(coverages: Sequence[Coverage]) -> Figure:
                 _draw(axes, coverage, styles[coverage.network], line)
             _dress(axes, _TITLES[detect], max(c.num_images for c in coverages))
         handles = [
-            *(Line2D([], [], label=_plain(n), markersize=4.5, **styles[n]) for n in networks),
+            *(Line2D([], [], label=literal(n), markersize=4.5, **styles[n]) for n in networks),
             Line2D([], [], color="#555555", linewidth=1.5, label="greedy order"),
             Line2D([], [], color="#555555", **_RANDOM, label="random order, mean and 5–95 %"),
         ]
@@ -158,15 +163,16 @@ def write_latex(coverages: Sequence[Coverage], path: str | os.PathLike[str]) -> 
     greedy = r"\multicolumn{4}{c}{Images, greedy order}"
     random = r"\multicolumn{3}{c}{Images, random order}"
     fractions = [heading.removeprefix("Random ") for heading in HEADINGS[7:]]
+    headings = [*HEADINGS[:3], *fractions, HEADINGS[6], *fractions]
     lines = [
         r"% needs \usepackage{booktabs}",
         r"\begin{tabular}{ll" + "r" * (len(HEADINGS) - 2) + "}",
         r"\toprule",
         f"& & & {greedy} & {random}" + r" \\",
         r"\cmidrule(lr){4-7} \cmidrule(l){8-10}",
-        _latex(" & ".join([*HEADINGS[:3], *fractions, HEADINGS[6], *fractions])) + r" \\",
+        " & ".join(map(_latex, headings)) + r" \\",
         r"\midrule",
-        *(_latex(" & ".join(coverage_cells(c))) + r" \\" for c in coverages),
+        *(" & ".join(map(_latex, coverage_cells(c))) + r" \\" for c in coverages),
         r"\bottomrule",
         r"\multicolumn{10}{@{}p{0.95\linewidth}}{\footnotesize " + _latex(caption(coverages)) + "}",
         r"\end{tabular}",
@@ -247,15 +253,7 @@ def _dress(axes: Axes, title: str, num_images: int) -> None:
 
 
 def _latex(text: str) -> str:
-    """`text` with what plain LaTeX does not print as it is put so that it does."""
-    for character, command in (
-        ("\\", r"\textbackslash{}"), ("_", r"\_"), ("%", r"\%"), ("#", r"\#"), ("$", r"\$"),
-        ("α", r"$\alpha$"), ("×", r"$\times$"), ("–", "--"),
-    ):  # fmt: skip
+    """`text` as LaTeX prints it literally."""
+    for character, command in _LATEX:
         text = text.replace(character, command)
     return text
-
-
-def _plain(text: str) -> str:
-    """`text` as Matplotlib prints it literally."""
-    return text.replace("$", r"\$")

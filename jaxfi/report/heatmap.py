@@ -14,6 +14,7 @@ from jaxfi.campaign import Campaign
 from jaxfi.faults import FaultList, word_bits
 from jaxfi.outcomes import per_fault_shares
 from jaxfi.report.figures import _style
+from jaxfi.report.page import literal
 from jaxfi.report.shares import BitFields, bit_fields, fault_dtype, layer_name
 
 _WIDTH = 10.0  # inches: a landscape page or a screen
@@ -78,7 +79,7 @@ def heat_map(campaign: Campaign) -> Figure:
         for axes, outcome in zip(panels, _PANELS, strict=True):
             _draw(figure, axes, outcome, 100 * getattr(shares, outcome))
             _label_bits(axes, campaign.faults, shares.bits)
-        names = [name.replace("$", r"\$") for name in shares.layers]  # printed literally
+        names = [literal(name) for name in shares.layers]
         panels[0].set_yticks(np.arange(len(names)) + 0.5, names)
         panels[0].invert_yaxis()
         return figure

@@ -148,8 +148,12 @@ def picture(figure: Figure, caption: str) -> str:
 
 
 def literal(text: str) -> str:
-    """`text` as a figure prints it literally: Matplotlib takes dollars for formulas."""
-    return _UNPRINTABLE.sub("\ufffd", text).replace("$", r"\$")
+    """`text` as a figure prints it literally, cut to 48 characters.
+
+    Matplotlib takes dollars for formulas.
+    """
+    text = _UNPRINTABLE.sub("\ufffd", text)
+    return (text if len(text) <= 48 else f"{text[:47]}…").replace("$", r"\$")
 
 
 def _cell(text: str) -> str:
