@@ -71,6 +71,8 @@ def test_orbax_checkpoint_of_somebody_else(tmp_path):
         load_checkpoint(tmp_path)
 
 
+# orbax drops unfinished coroutines when a read fails: noise of its own, after its error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["truncated", "altered"])
 def test_damage_to_any_file_is_told_or_harmless(tmp_path, damage):
     save_checkpoint(tmp_path, TREE, {})
