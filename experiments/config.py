@@ -96,7 +96,7 @@ _COUNTS = ("num_train_images", "num_faults", "num_images", "memory_budget")
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines --workdir and a flag for each field of `Config`."""
-    define = {
+    define: dict[str, Any] = {
         "str": flags.DEFINE_string,
         "int": flags.DEFINE_integer,
         "float": flags.DEFINE_float,
@@ -121,7 +121,8 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
 
 def config_from_flags(values: flags.FlagValues) -> Config:
     """The configuration that the parsed flags spell."""
-    return Config(**{field.name: values[field.name].value for field in dataclasses.fields(Config)})
+    settings: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
+    return Config(**settings)
 
 
 def check_same_config(config: Config, workdir: Path) -> None:

@@ -177,7 +177,7 @@ def write_report(
         )
         for loss, alpha in zip(LOSSES, (0.0, config.alpha), strict=True)
     ]
-    difference = paired_difference(*(campaigns[loss] for loss in LOSSES), "masked", config.t)
+    difference = paired_difference(campaigns["default"], campaigns["gradient"], "masked", config.t)
     tables.write_csv(rows, workdir / "table.csv")
     tables.write_markdown(rows, difference, workdir / "table.md")
     tables.write_latex(rows, difference, workdir / "table.tex")

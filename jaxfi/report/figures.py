@@ -189,8 +189,8 @@ def _stack(
         (100 - _percent(critical), _bars(critical)[::-1]),
     ):
         where = (edge, positions) if horizontal else (positions, edge)
-        bars = {"xerr": bars} if horizontal else {"yerr": bars}
-        axes.errorbar(*where, **bars, linestyle="none", **_ERROR_BARS)
+        error = {"xerr": bars} if horizontal else {"yerr": bars}
+        axes.errorbar(*where, **error, linestyle="none", **_ERROR_BARS)
 
 
 def _print_shares(axes: Axes, columns: Sequence[Sequence[Estimate]]) -> None:

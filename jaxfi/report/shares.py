@@ -116,8 +116,8 @@ def _population(faults: FaultList, leaves: np.ndarray) -> int:
 
 def _part(campaign: Campaign, name: str, rows: np.ndarray, population: int, t: float) -> Part:
     outcomes = np.asarray(campaign.outcomes)[rows]
-    estimates = [
+    masked, non_critical, critical = (
         estimate_rate(shares(outcomes, outcome), outcomes.shape[1], population, t)
         for outcome in (MASKED, NON_CRITICAL, CRITICAL)
-    ]
-    return Part(name, *estimates, num_faults=len(outcomes))
+    )
+    return Part(name, masked, non_critical, critical, len(outcomes))
