@@ -98,7 +98,8 @@ def measure_coverage(
     return Coverage(
         network,
         detect,
-        *outcomes.shape,
+        len(outcomes),
+        outcomes.shape[1],
         detectable,
         cover(outcomes, detect),
         coverage_curve(outcomes, detect, num_orders=num_orders, seed=seed) if detectable else None,
@@ -118,7 +119,9 @@ def coverage_figure(coverages: Sequence[Coverage]) -> Figure:
     if not coverages:
         raise ValueError("no figure of no coverages: give at least one")
     networks = list(dict.fromkeys(c.network for c in coverages))
-    styles = {n: _SERIES_STYLES[i % len(_SERIES_STYLES)] for i, n in enumerate(networks)}
+    styles: dict[str, dict[str, Any]] = {
+        n: dict(_SERIES_STYLES[i % len(_SERIES_STYLES)]) for i, n in enumerate(networks)
+    }
     detects = [d for d in DETECTS if any(c.detect == d for c in coverages)]
     with _style():
         figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
@@ -213,7 +216,7 @@ def _random(coverage: Coverage) -> tuple[int | None, ...]:
     return images_needed(coverage.random.low, FRACTIONS)
 
 
-def _draw(axes: Axes, coverage: Coverage, style: Mapping[str, str], line: int) -> None:
+def _draw(axes: Axes, coverage: Coverage, style: Mapping[str, Any], line: int) -> None:
     """One network's greedy and random orders, and the size of its image set as a line of text."""
     assert coverage.random is not None
     percent, color = _detectable_percent(coverage), style["color"]

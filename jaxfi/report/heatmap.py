@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,7 +24,12 @@ _PANELS = {
     "non_critical": ("Not critical", "BuGn"),
     "critical": ("Critical", "Reds"),
 }
-_EMPTY = {"facecolor": "#ffffff", "edgecolor": "#c4c4c4", "hatch": "/////", "linewidth": 0}
+_EMPTY: dict[str, Any] = {
+    "facecolor": "#ffffff",
+    "edgecolor": "#c4c4c4",
+    "hatch": "/////",
+    "linewidth": 0,
+}
 
 
 class BitShares(NamedTuple):
