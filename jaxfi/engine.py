@@ -26,6 +26,12 @@ from jaxfi.slicing import ApplyFn, Network, bind, evaluate, read, trace_network
 
 # A 16-bit network must round after every operation, wherever the compiler could keep 32 bits.
 _OPTIONS = {"xla_allow_excess_precision": False}
+# XLA's CPU library fuses whole stages, and rounds one convolution differently in each: ask it for
+# single convolutions and matmuls, as every other backend runs them.
+_CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
+    "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+}
 _NULL = FAULT_MODELS.index("null")
 
 
@@ -64,8 +70,10 @@ Engine = Callable[[FaultList, Advance], Results]
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """`jax.jit` with the arithmetic of a campaign."""
-    return jax.jit(function, compiler_options=_OPTIONS, **options)
+    """`jax.jit` with the arithmetic of a campaign: every engine compiles with it."""
+    on_cpu = jax.default_backend() == "cpu"
+    arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if on_cpu else {})}
+    return jax.jit(function, compiler_options=arithmetic, **options)
 
 
 def golden_run(apply_fn: ApplyFn, params: PyTree, batches: np.ndarray, num_images: int) -> np.ndarray:
@@ -123,12 +131,13 @@ def fast_engine(setup: Setup) -> Engine:
     image = jax.ShapeDtypeStruct(setup.batches.shape[1:], setup.batches.dtype)
     network = trace_network(setup.apply_fn, setup.params, image)
     programs: dict[int, _Programs] = {}
+    shared: dict = {}
 
     def run(faults: FaultList, advance: Advance) -> Results:
         tally = Tally(setup, len(faults))
         for leaf in np.unique(faults.leaf):
             if leaf not in programs:
-                programs[leaf] = _Programs(network, plan_leaf(network, int(leaf)))
+                programs[leaf] = _Programs(network, plan_leaf(network, int(leaf)), shared)
             rows = np.flatnonzero(faults.leaf == leaf)
             runner = _RUNNERS[programs[leaf].plan.method]
             runner(setup, programs[leaf], faults[rows], rows, tally, advance)
@@ -194,7 +203,7 @@ class Tally:
 
 
 _JUDGES = {
-    nan: compiled(lambda golden, faulty, labels, nan=nan: judge(golden, faulty, labels, nan))
+    nan: jax.jit(lambda golden, faulty, labels, nan=nan: judge(golden, faulty, labels, nan))
     for nan in ("critical", "argmax")
 }
 
@@ -203,20 +212,24 @@ def _gather_and_judge(golden, labels, outputs, images, *, nan):
     return judge(golden[images], outputs, labels[images], nan)
 
 
-_judge_rows = compiled(_gather_and_judge, static_argnames="nan")
+_judge_rows = jax.jit(_gather_and_judge, static_argnames="nan")
 
 
 class _Programs:
-    """The compiled programs of one leaf: prefix, columns, pack, suffix."""
+    """The programs of one leaf: prefix, columns, pack, suffix; jit compiles those that are run.
 
-    def __init__(self, network: Network, plan: LeafPlan):
+    Leaves of one layer have the same suffix and often the same prefix: `shared` keeps them.
+    """
+
+    def __init__(self, network: Network, plan: LeafPlan, shared: dict):
         self.network, self.plan = network, plan
-        self.prefix = compiled(self._prefix)
         self.faulty_columns = compiled(self._faulty_columns)
-        self.faulty_leaf = compiled(lambda leaf, e, keep, flip: corrupt(leaf, e, keep, flip))
+        self.faulty_leaf = compiled(corrupt)
         self.columns = compiled(self._columns)
         self.pack = compiled(self._pack)
-        self.suffix = compiled(self._suffix)
+        prefix, suffix = ("prefix", plan.inputs), ("suffix", plan.suffix_inputs)
+        self.prefix = shared.setdefault(prefix, compiled(self._prefix))
+        self.suffix = shared.setdefault(suffix, compiled(self._suffix))
 
     def _leaves(self, leaves: list) -> dict[core.Var, jax.Array]:
         return dict(zip(self.network.leaves, leaves, strict=True))

@@ -47,7 +47,7 @@ def operand_axes(equation: core.JaxprEqn, axis: int) -> Axes | None:
     """
     name = equation.primitive.name
     if name in _ELEMENTWISE:
-        return tuple(axis if _ndim(value) else None for value in equation.invars)
+        return tuple(axis if _varies(v, equation, axis) else None for v in equation.invars)
     if name == "broadcast_in_dim" and len(equation.invars) == 1:
         dimensions = equation.params["broadcast_dimensions"]
         if axis not in dimensions:
@@ -70,6 +70,12 @@ def _ndim(value: core.Var | core.Literal) -> int:
     return len(value.aval.shape)
 
 
+def _varies(value: core.Var | core.Literal, equation: core.JaxprEqn, axis: int) -> bool:
+    """Whether an elementwise operand has the result's axis, rather than one value for all of it."""
+    shape = value.aval.shape
+    return bool(shape) and shape[axis] == equation.outvars[0].aval.shape[axis]
+
+
 def _common_axis(axes: Axes) -> int | None:
     found = {axis for axis in axes if axis is not None}
     return found.pop() if len(found) == 1 else None
@@ -78,18 +84,20 @@ def _common_axis(axes: Axes) -> int | None:
 @_rule(_ELEMENTWISE)
 def _elementwise(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     axis = _common_axis(axes)
-    if axis is None:
+    operands = [v for v, a in zip(equation.invars, axes, strict=True) if a is not None]
+    if axis is None or not all(_varies(v, equation, axis) for v in operands):
         return None
     others = zip(axes, equation.invars, strict=True)
-    return axis, tuple(axis if a is None and _ndim(v) else None for a, v in others)
+    return axis, tuple(axis if a is None and _varies(v, equation, axis) else None for a, v in others)
 
 
 @_rule("concatenate")
 def _concatenate(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     # Joining other axes is per channel; joining channels moves them, and ends the columns.
-    if equation.params["dimension"] == _common_axis(axes):
+    axis = _common_axis(axes)
+    if axis is None or axis == equation.params["dimension"]:
         return None
-    return _elementwise(equation, axes)
+    return axis, tuple(axis if a is None else None for a in axes)
 
 
 @_rule("broadcast_in_dim")
