@@ -57,7 +57,8 @@ def _apply(closed: Any, equation: Any, args: list[Any]) -> list[Any]:
     if name in ("jit", "pjit"):
         return _evaluate(params["jaxpr"], args)
     if name == "conv_general_dilated" and _is_plain_convolution(params):
-        return [matmul_convolution(*args, params["window_strides"], params["padding"])]
+        images, kernel = args
+        return [matmul_convolution(images, kernel, params["window_strides"], params["padding"])]
     return _as_it_is(closed, equation, args)
 
 

@@ -27,7 +27,7 @@ class SquaresState(NamedTuple):
 class AdamState(NamedTuple):
     """Steps taken, and running means of the gradient and of its square."""
 
-    count: jax.Array
+    steps: jax.Array
     mean: Any
     squares: Any
 
@@ -141,7 +141,7 @@ def _scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTran
     def update(updates: Any, state: AdamState, params: Any = None) -> Any:
         mean = optax.tree.update_moment(updates, state.mean, beta1, 1)
         squares = optax.tree.update_moment(updates, state.squares, beta2, 2)
-        count = state.count + 1
+        count = state.steps + 1
         # 1 - βᵗ without cancellation
         correction1, correction2 = (-jnp.expm1(count * math.log(b)) for b in (beta1, beta2))
         root = jnp.sqrt(correction2)

@@ -17,7 +17,7 @@ FORMS = ("fast", "plain")
 
 def squared_norm(tree: Any) -> jax.Array:
     """The sum of squares over all leaves: ‖∇L‖² of a tree of gradients, a scalar."""
-    return sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree))
+    return sum((jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)), start=jnp.float32(0))
 
 
 def penalized_loss(loss_fn: LossFn, alpha: Any) -> Callable[..., tuple[jax.Array, Any]]:
