@@ -177,11 +177,40 @@ def run_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def test_every_flagfile_is_a_valid_configuration():
-    files = sorted((ROOT / "experiments" / "flags").glob("*.flags"))
-    assert len(files) == 29
-    for file in files:
-        values = flags.FlagValues()
-        define_flags(values)
-        values(["gr", f"--flagfile={file}"])
-        config_from_flags(values).validate()
+FLAGS = ROOT / "experiments" / "flags"
+FLAGFILES = sorted([FLAGS / "digits.flags", FLAGS / "smoke.flags", *FLAGS.glob("table[2-6]_*")])
+
+
+def read_flagfile(path: Path) -> Config:
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["gr", f"--flagfile={path}"])
+    return config_from_flags(values)
+
+
+@pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)
+def test_flagfiles_are_valid_and_say_their_command(path):
+    read_flagfile(path).validate()
+    name = path.stem
+    assert f"--flagfile=experiments/flags/{name}.flags --workdir=runs/{name}\n" in path.read_text()
+
+
+def test_every_row_pair_of_the_paper_has_a_flagfile_with_its_numbers(reference_dir):
+    configs = {path: read_flagfile(path) for path in FLAGFILES if path.stem.startswith("table")}
+    with (reference_dir / "gr_paper.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if float(row["alpha"]) > 0]
+    assert len(rows) == len(configs) == 27
+    for row in rows:
+        wanted = row["dataset"], row["model"], row["optimizer"], int(row["epochs"])
+        (path,) = [
+            path
+            for path, c in configs.items()
+            if (c.dataset, c.model, c.optimizer, c.epochs) == wanted
+            and c.alpha == float(row["alpha"])
+            and path.stem.startswith(f"table{row['table']}_")
+        ]
+        numbers = [
+            row[n] for n in ("clean_acc", "faulty_acc", "masked", "non_critical", "critical")
+        ]
+        text = path.read_text()
+        assert any(line.split()[2:] == numbers for line in text.splitlines() if "gradient" in line)
