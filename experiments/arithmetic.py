@@ -23,7 +23,7 @@ from absl import app, flags
 
 from experiments.config import check_same_config, claim_workdir, parse_flags
 from experiments.ground_truth import check_arithmetic, load_subject
-from jaxfi.campaign import Campaign, run_campaign
+from jaxfi.campaign import Campaign, NotReproducible, run_campaign
 from jaxfi.files import write_whole
 from jaxfi.report.by_arithmetic import masked_beyond, masked_by_arithmetic
 from jaxfi.report.figures import save_figure
@@ -46,6 +46,7 @@ class Settings:
     mean: list[float]
     std: list[float]
     arithmetics: list[str]
+    paths: str
     num_faults: int
     num_images: int
     jpeg_quality: int
@@ -68,6 +69,7 @@ def define_flags(values: flags.FlagValues) -> None:
     several("mean", ["0.4914", "0.4822", "0.4465"], "Of pixels in [0, 1], per channel.")
     several("std", ["0.2023", "0.1994", "0.2010"], "Of pixels in [0, 1], per channel.")
     several("arithmetics", ["float32", "tf32", "bfloat16"], "The first is compared with.")
+    text("paths", "*", "Pattern of the leaves that get faults: layer3/*.")
     number("num_faults", 640, "Faults, equally many of each bit position.", 32)
     number("num_images", 0, "Test images, the first ones; 0 is all.", 0)
     number("jpeg_quality", 0, "Compress the images again at this quality; 0: do not.", 0, 95)
@@ -94,7 +96,9 @@ def run(settings: Settings, workdir: Path) -> dict[str, Campaign]:
     check_same_config(settings, workdir)  # type: ignore[arg-type]
     subject = load_subject(settings)
     networks = {name: check_arithmetic(subject, {"*": name}) for name in settings.arithmetics}
-    faults = sample_faults(settings.seed, subject.params, settings.num_faults, by="bit")
+    faults = sample_faults(
+        settings.seed, subject.params, settings.num_faults, by="bit", paths=settings.paths
+    )
     claim_workdir(settings, workdir)  # type: ignore[arg-type]
     campaigns = {
         name: run_campaign(
@@ -155,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
         if not flags.FLAGS.workdir:
             raise ValueError("--workdir is missing: give the folder for the results")
         run(settings_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, NotReproducible) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 

@@ -36,7 +36,7 @@ from experiments.agreement import (
 )
 from experiments.config import check_same_config, claim_workdir, parse_flags
 from jaxfi.arithmetic import with_arithmetic
-from jaxfi.campaign import Campaign, run_campaign
+from jaxfi.campaign import Campaign, NotReproducible, run_campaign
 from jaxfi.convert import ResultTable, from_torch, load_state, read_results
 from jaxfi.data import load_dataset, normalise
 from jaxfi.faults import PyTree
@@ -242,7 +242,7 @@ def main(argv: Sequence[str]) -> None:
         if not flags.FLAGS.workdir:
             raise ValueError("--workdir is missing: give the folder for the results")
         run(settings_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, NotReproducible) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
