@@ -11,6 +11,7 @@ depend on it. See docs/engine.md.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -76,7 +77,9 @@ def compiled(function: Callable, **options) -> Callable:
     return jax.jit(function, compiler_options=arithmetic, **options)
 
 
-def golden_run(apply_fn: ApplyFn, params: PyTree, batches: np.ndarray, num_images: int) -> np.ndarray:
+def golden_run(
+    apply_fn: ApplyFn, params: PyTree, batches: np.ndarray, num_images: int
+) -> np.ndarray:
     """Fault-free outputs, [num_images, classes]."""
     network = compiled(apply_fn)
     outputs = [np.asarray(network(params, batch)) for batch in batches]
@@ -136,6 +139,8 @@ def fast_engine(setup: Setup) -> Engine:
     def run(faults: FaultList, advance: Advance) -> Results:
         tally = Tally(setup, len(faults))
         for leaf in np.unique(faults.leaf):
+            for other in programs.keys() - {leaf}:
+                programs[other].forget()
             if leaf not in programs:
                 programs[leaf] = _Programs(network, plan_leaf(network, int(leaf)), shared)
             rows = np.flatnonzero(faults.leaf == leaf)
@@ -227,9 +232,36 @@ class _Programs:
         self.faulty_leaf = compiled(corrupt)
         self.columns = compiled(self._columns)
         self.pack = compiled(self._pack)
+        self.lit = compiled(self._lit)
         prefix, suffix = ("prefix", plan.inputs), ("suffix", plan.suffix_inputs)
+        self._golden: dict[int, list] = {}
         self.prefix = shared.setdefault(prefix, compiled(self._prefix))
         self.suffix = shared.setdefault(suffix, compiled(self._suffix))
+
+    def golden_inputs(self, setup: Setup, number: int) -> list:
+        """The prefix on one batch; kept for the leaf's next faults where memory allows it."""
+        if number in self._golden:
+            return self._golden[number]
+        values = self.prefix(jax.tree.leaves(setup.params), setup.batches[number])
+        if self.batches_held(setup) == len(setup.batches):
+            self._golden[number] = values
+        return values
+
+    def batches_held(self, setup: Setup) -> int:
+        """How many batches' golden values fit in memory together, at least 1."""
+        size = sum(leaf_bytes(self.network, var) for var in self.plan.inputs)
+        return max(1, min(len(setup.batches), setup.memory // max(1, size)))
+
+    def _lit(self, inputs: list) -> jax.Array:
+        """Which input channels are not zero everywhere in a batch, [channels] bool."""
+        gate = self.plan.gate
+        values = inputs[self.plan.inputs.index(gate.inputs)]
+        others = [axis for axis in range(values.ndim) if axis != gate.input_axis]
+        return jnp.any(values != 0, axis=others)
+
+    def forget(self) -> None:
+        """Frees the golden values kept."""
+        self._golden.clear()
 
     def _leaves(self, leaves: list) -> dict[core.Var, jax.Array]:
         return dict(zip(self.network.leaves, leaves, strict=True))
@@ -322,8 +354,8 @@ def _run_slice(setup, programs, faults, rows, tally, advance) -> None:
     """The suffix alone, one fault at a time."""
     leaves = jax.tree.leaves(setup.params)
     number_of_leaf = programs.plan.leaf
-    for number, batch in enumerate(setup.batches):
-        golden = programs.prefix(leaves, batch)
+    for number in range(len(setup.batches)):
+        golden = programs.golden_inputs(setup, number)
         for row, fault in zip(rows, _each(faults), strict=True):
             faulty = programs.faulty_leaf(leaves[number_of_leaf], *fault)
             swapped = [faulty if n == number_of_leaf else x for n, x in enumerate(leaves)]
@@ -339,19 +371,46 @@ def _each(faults: FaultList) -> Iterator[tuple]:
 def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
     plan, leaves = programs.plan, jax.tree.leaves(setup.params)
     packer = _Packer(setup, programs, leaves, tally)
-    size = sum(leaf_bytes(programs.network, var) for var in plan.inputs)
-    num_held = max(1, min(len(setup.batches), setup.memory // max(1, size)))
+    num_held = programs.batches_held(setup)
     for first in range(0, len(setup.batches), num_held):
         held = range(first, min(first + num_held, len(setup.batches)))
-        golden = [programs.prefix(leaves, setup.batches[number]) for number in held]
-        for group in _groups(faults, rows, plan, faults.shapes[plan.leaf]):
-            faulty = programs.faulty_columns(leaves[plan.leaf], *group.columns)
-            for number, inputs in zip(held, golden, strict=True):
-                changed, columns = programs.columns(leaves, inputs, faulty, group.columns[0])
-                packer.submit(group, number, inputs, changed, columns)
+        golden = [programs.golden_inputs(setup, number) for number in held]
+        visible = _visible(programs, setup, faults, golden)
+        order = np.argsort(visible.sum(axis=0), kind="stable")  # the invisible ride together
+        groups = _groups(faults[order], rows[order], plan, faults.shapes[plan.leaf])
+        for group, start in zip(groups, itertools.count(0, plan.num_columns), strict=False):
+            seen = visible[:, order[start : start + plan.num_columns]].any(axis=1)
+            if seen.any():
+                faulty = programs.faulty_columns(leaves[plan.leaf], *group.columns)
+            for number, inputs, any_seen in zip(held, golden, seen, strict=True):
+                if any_seen:
+                    changed, columns = programs.columns(leaves, inputs, faulty, group.columns[0])
+                    packer.submit(group, number, inputs, changed, columns)
                 advance(group.num_faults * _images_in(setup, number))
         packer.drain()
     packer.flush()
+
+
+def _visible(
+    programs: _Programs, setup: Setup, faults: FaultList, golden: list[list]
+) -> np.ndarray:
+    """Which faults may change anything in which batch, [batches, F] bool.
+
+    A fault is invisible if the input channel that its weight multiplies is zero throughout, and
+    the faulty weight has the golden one's sign and is far from infinite: the products are then the
+    same zeros, whatever the order of the sum. Null faults stay visible, to do their work.
+    """
+    plan, gate = programs.plan, programs.plan.gate
+    everything = np.ones((len(golden), len(faults)), bool)
+    dtype = jnp.dtype(faults.dtypes[plan.leaf])
+    if gate is None or not jnp.issubdtype(dtype, jnp.floating):
+        return everything
+    before, after = faults.values(setup.params)
+    tame = np.abs(np.stack([before, after])) < float(jnp.finfo(dtype).max) / 2
+    same = tame.all(axis=0) & (np.signbit(before) == np.signbit(after)) & (faults.model != _NULL)
+    place = np.unravel_index(faults.element, faults.shapes[plan.leaf])
+    lit = np.stack([np.asarray(programs.lit(inputs)) for inputs in golden])
+    return lit[:, place[gate.leaf_axis]] | ~same
 
 
 class _Group(NamedTuple):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 from jax.extend import core
@@ -30,6 +31,20 @@ from jaxfi.slicing import (
     reached_from,
     variables,
 )
+
+
+class Gate(NamedTuple):
+    """Where a weight is only ever multiplied by one input channel: a batch in which that channel is
+    zero everywhere cannot see the weight (0 times a finite weight of the same sign is the same).
+
+    Attributes:
+      inputs: the golden operand; `input_axis` is its channel axis.
+      leaf_axis: the leaf's axis that names the channel.
+    """
+
+    inputs: core.Var
+    input_axis: int
+    leaf_axis: int
 
 
 class _NoColumns(Exception):
@@ -60,6 +75,7 @@ class LeafPlan:
       packed: column values from which rows are packed, one channel replaced.
       carried: golden values whose rows are packed with them.
       inputs: golden values that the prefix computes and the others start from.
+      gate: what makes faults invisible without arithmetic, None if nothing does.
     """
 
     leaf: int
@@ -75,6 +91,7 @@ class LeafPlan:
     packed: tuple[core.Var, ...] = ()
     carried: tuple[core.Var, ...] = ()
     inputs: tuple[core.Var, ...] = ()
+    gate: Gate | None = None
 
     @property
     def suffix_inputs(self) -> tuple[core.Var, ...]:
@@ -155,8 +172,26 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
         compared=compared,
         packed=packed,
         carried=carried,
-        inputs=tuple(dict.fromkeys((*needed, *compared, *packed, *carried))),
+        inputs=(inputs := tuple(dict.fromkeys((*needed, *compared, *packed, *carried)))),
+        gate=_gate(network, source, inputs),
     )
+
+
+def _gate(network: Network, source: core.Var, inputs: tuple[core.Var, ...]) -> Gate | None:
+    readers = network.consumers[source]
+    operands = readers[0].invars
+    if len(readers) != 1 or len(operands) != 2 or operands[1] is not source:
+        return None
+    params, images = readers[0].params, operands[0]
+    if readers[0].primitive.name == "dot_general" and images in inputs:
+        contracting, batch = params["dimension_numbers"]
+        if len(contracting[0]) == 1 and not batch[0]:
+            return Gate(images, contracting[0][0], contracting[1][0])
+    if readers[0].primitive.name == "conv_general_dilated" and images in inputs:
+        spec = params["dimension_numbers"]
+        if params["feature_group_count"] == params["batch_group_count"] == 1:
+            return Gate(images, spec.lhs_spec[1], spec.rhs_spec[1])
+    return None
 
 
 class _Columns:

@@ -88,7 +88,9 @@ def _elementwise(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None
     if axis is None or not all(_varies(v, equation, axis) for v in operands):
         return None
     others = zip(axes, equation.invars, strict=True)
-    return axis, tuple(axis if a is None and _varies(v, equation, axis) else None for a, v in others)
+    return axis, tuple(
+        axis if a is None and _varies(v, equation, axis) else None for a, v in others
+    )
 
 
 @_rule("concatenate")

@@ -262,7 +262,7 @@ def _batch_axes(
         other = []
     same = [e.primitive.name for e in other] == [e.primitive.name for e in jaxpr.eqns]
     image = jaxpr.invars[-1]
-    axes: dict[core.Var, int | None] = {var: None for var in (*jaxpr.constvars, *jaxpr.invars)}
+    axes: dict[core.Var, int | None] = dict.fromkeys((*jaxpr.constvars, *jaxpr.invars))
     axes[image] = 0
     for position, equation in enumerate(jaxpr.eqns):
         depends = any(axes.get(var) is not None for var in variables(equation.invars))
