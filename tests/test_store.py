@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from jaxfi import store as store_module
 from jaxfi.chunks import pack_outcomes, unpack_outcomes
-from jaxfi.outcomes import Results
 from jaxfi.faults import FaultList
 from jaxfi.files import content_hash, read_npz, to_npz
+from jaxfi.outcomes import Results
 from jaxfi.sampling import sample_faults
 from jaxfi.store import StoredCampaign, load, open_store
 
