@@ -1,0 +1,1 @@
+"""Benchmarks against PyTorch and its fault injectors; each writes what it measured."""

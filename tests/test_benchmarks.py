@@ -1,0 +1,108 @@
+"""The engine's benchmark on almost nothing: the fields that it promises, and its two sides."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from absl import flags
+
+from experiments.benchmarks import engine, sides
+from jaxfi.faults import FaultList
+from tests.torch_models import TORCH_MODELS
+
+FIXED_FIELDS = {
+    "jaxfi_outcomes_per_s": float,
+    "pytorch_outcomes_per_s": float,
+    "ratio": float,
+    "seconds": float,
+    "num_faults": int,
+    "num_images": int,
+    "device": str,
+    "precision": str,
+}
+
+
+def run_command_line(*arguments: str) -> dict:
+    values = flags.FlagValues()
+    engine.define_flags(values)
+    values(["engine", *arguments])
+    return engine.run_from_flags(values)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> tuple[dict, dict]:
+    out = tmp_path_factory.mktemp("engine") / "new" / "result.json"
+    returned = run_command_line(
+        "--network=lenet", "--dataset=random", "--channels=1", "--num_faults=30",
+        "--num_images=20", "--batch_size=10", "--rounds=1", "--pytorch_faults=6",
+        "--pytorch_images=15", "--reference_faults=2", f"--out={out}",
+    )  # fmt: skip
+    return returned, json.loads(out.read_text(encoding="utf-8"))
+
+
+def test_file_holds_the_fixed_fields(result):
+    returned, written = result
+    assert written == returned
+    assert {name: type(written[name]) for name in FIXED_FIELDS} == FIXED_FIELDS
+    assert (written["num_faults"], written["num_images"]) == (30, 20)
+    assert written["precision"] == "highest"
+    assert written["jaxfi_outcomes_per_s"] == pytest.approx(30 * 20 / written["seconds"])
+    quotient = written["jaxfi_outcomes_per_s"] / written["pytorch_outcomes_per_s"]
+    assert written["ratio"] == pytest.approx(quotient)
+    assert written["versions"]["torch"] == torch.__version__
+    assert len(written["spread"]["pytorch_outcomes_per_s"]["rounds"]) == 1
+
+
+def test_sides_are_the_same_work(result):
+    written = result[1]
+    # 15 images are one whole batch of 10.
+    assert written["pytorch"] == {"num_faults": 6, "num_images": 10, "device": "cpu"}
+    assert written["agreement"]["critical"] == 1.0
+    assert set(written["reference"]["outcomes_per_s"]) == {"xla", "campaign"}
+    shares = [written["outcomes"][name] for name in ("masked", "non_critical", "critical")]
+    assert sum(shares) == pytest.approx(1.0)
+
+
+def test_table_is_markdown(result):
+    lines = engine.table(result[1]).splitlines()
+    assert [line.count("|") for line in lines[:5]] == [6] * 5
+    assert lines[3].startswith("| PyTorch, copy and re-run | 6 | 10 |")
+    assert "precision highest" in lines[-1]
+
+
+def test_pytorch_flips_the_bit_of_the_same_weight():
+    params = {"fc1": {"kernel": np.zeros((64 * 14 * 14, 128), np.float32)}}
+    # Pixel (3, 7) of channel 41: PyTorch flattens (C, H, W), Flax (H, W, C).
+    site = ("fc1/kernel", ((3 * 14 + 7) * 64 + 41, 99), 31)
+    ((name, index, mask),) = sides.torch_sites(FaultList.from_sites([site], params))
+    assert name == "fc1.weight"
+    model = TORCH_MODELS["lenet"]()
+    faulty = sides.with_fault(model, name, index, mask)
+    moved = torch.nonzero(faulty.fc1.weight != model.fc1.weight)
+    row, column = 99, (41 * 14 + 3) * 14 + 7
+    assert moved.tolist() == [[row, column]]
+    assert faulty.fc1.weight[row, column] == -model.fc1.weight[row, column]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"network": "alexnet"}, "--network is 'alexnet'; allowed: lenet, "),
+        ({"dataset": "svhn"}, "--dataset is 'svhn'; allowed: random, "),
+        ({"precision": "half"}, "--precision is 'half'; allowed: highest"),
+        ({"batch_size": 0}, "--batch_size is 0; allowed: integers >= 1"),
+        ({"channels": 2}, "--channels is 2; allowed: 1, 3"),
+        ({"num_images": 0}, "--num_images is missing"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(change, message):
+    with pytest.raises(ValueError, match=message):
+        engine.Settings(**({"num_images": 5} | change)).validate()
+
+
+def test_out_is_needed():
+    with pytest.raises(ValueError, match="--out is missing"):
+        run_command_line("--num_images=5")
