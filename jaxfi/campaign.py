@@ -24,6 +24,7 @@ from jaxfi.outcomes import (
     Results,
     checked_nan_policy,
     estimate_rate,
+    judge,
     per_fault_shares,
 )
 from jaxfi.slicing import ApplyFn, trace_network
@@ -227,13 +228,9 @@ class _Directory:
 
 @contextlib.contextmanager
 def _storage(workdir, provenance, faults, params, golden, labels) -> Iterator[Any]:
-    correct = np.asarray(jnp.argmax(golden, axis=-1)) == labels
-    if provenance["nan"] == "critical":
-        pass  # golden rows are never changed outputs
-    due = ~np.isfinite(golden).all(axis=-1)
-    masked = Results(
-        np.full((1, len(labels)), MASKED, np.uint8), due[None], np.array([correct.sum()], np.int32)
-    )
+    verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, provenance["nan"]))
+    correct = np.array([verdict.correct.sum()], np.int32)
+    masked = Results(verdict.outcome[None], verdict.due[None], correct)
     if workdir is None:
         yield _Memory(masked, len(faults))
         return
