@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxfi import FAULT_MODELS, MASKED, FaultList, NotReproducible, campaign, run_campaign
+from jaxfi import (
+    FAULT_MODELS,
+    MASKED,
+    FaultList,
+    NotReproducible,
+    campaign,
+    leaf_paths,
+    run_campaign,
+)
 from jaxfi.rules import column_rule
 from jaxfi.slicing import _flat_jaxpr
 from tests.conformance_models import dense, dense_layer, plain_conv, plain_mlp
@@ -72,7 +80,7 @@ def test_null_and_not_activated_faults_are_masked_and_counted_apart(engine: str)
     params = model[1]
     bit = np.asarray(params["b"]["kernel"]).view(np.uint32).reshape(-1)[:8] >> 31 & 1
     stuck = np.where(bit, FAULT_MODELS.index("stuck-at-1"), FAULT_MODELS.index("stuck-at-0"))
-    leaf = jax.tree.leaves(params).index(params["b"]["kernel"])
+    leaf = leaf_paths(params).index("b/kernel")
     idle = FaultList.from_arrays(params, leaf, np.arange(8), 31, stuck)
     null = idle.nulls(np.arange(8))
     flips = FaultList.from_arrays(params, leaf, np.arange(8), 31, "bit-flip")
@@ -115,54 +123,65 @@ def test_vmap_agrees_in_sign_and_exponent(engine: str) -> None:
     assert agree == 1 if engine == "fast" else agree >= 0.99
 
 
-def row_dependent():
-    """The second layer sees the row's number in the batch."""
+def row_dependent(late: bool):
+    """A hidden layer, or the output, sees the row's number in the batch."""
     params = {"a": dense_layer(0, 6, 8), "b": dense_layer(2, 8, 4)}
 
     def apply_fn(p, x):
-        x = jnp.tanh(dense(x, p["a"]))
-        return dense(x + jnp.arange(x.shape[0], dtype=x.dtype)[:, None], p["b"])
+        row = jnp.arange(x.shape[0], dtype=x.dtype)[:, None]
+        x = jnp.tanh(dense(x, p["a"])) + (0 if late else row)
+        return dense(x, p["b"]) + (row if late else 0)
 
     return apply_fn, params, (6,)
 
 
-def batch_statistics():
+def batch_statistics(late: bool):
     """BatchNorm in training mode: an image's output depends on its neighbours."""
     params = {"a": dense_layer(0, 6, 8), "b": dense_layer(2, 8, 4)}
 
     def apply_fn(p, x):
         x = dense(x, p["a"])
-        return dense(jnp.tanh(x - x.mean(0, keepdims=True)), p["b"])
+        x = dense(jnp.tanh(x if late else x - x.mean(0, keepdims=True)), p["b"])
+        return x - x.mean(0, keepdims=True) if late else x
 
     return apply_fn, params, (6,)
 
 
 @pytest.mark.parametrize("model", [row_dependent, batch_statistics], ids=lambda m: m.__name__)
-def test_position_dependent_network_is_caught(model) -> None:
-    apply_fn, params, shape = model()
+def test_position_dependent_suffix_is_caught(model) -> None:
+    apply_fn, params, shape = model(late=True)
     faults = FaultList.from_arrays(params, 1, np.arange(48), 30, "bit-flip")
-    with pytest.raises(NotReproducible, match=r"a/kernel.*on cpu.*\(5, 6\).*reference"):
+    with pytest.raises(NotReproducible, match=r"a/kernel .*on cpu .*\(5, 6\).*reference"):
         run((apply_fn, params, shape), faults)
     assert run((apply_fn, params, shape), faults[:2], engine="reference").outcomes.any()
+
+
+@pytest.mark.parametrize("model", [row_dependent, batch_statistics], ids=lambda m: m.__name__)
+def test_position_dependent_columns_are_exact(model) -> None:
+    # The columns run on whole batches in order, so there the place of an image is the same.
+    model = model(late=False)
+    faults = FaultList.from_arrays(model[1], 1, np.arange(48), 23 + np.arange(48) % 9, "bit-flip")
+    assert_same(run(model, faults), run(model, faults, engine="reference"))
 
 
 @pytest.mark.parametrize("engine", ["fast", "reference", "vmap"])
 def test_user_function_is_traced_a_bounded_number_of_times(engine: str) -> None:
     apply_fn, params, shape = plain_mlp()
-    traces = []
-
-    def counted(p, x):
-        traces.append(1)
-        return apply_fn(p, x)
+    faults = faults_in_every_leaf(params)
 
     def count(repeats: int) -> int:
-        traces.clear()
-        faults = faults_in_every_leaf(params)
-        run((counted, params, shape), faults[np.tile(np.arange(len(faults)), repeats)], engine=engine)
+        traces = []
+
+        def counted(p, x):
+            traces.append(1)
+            return apply_fn(p, x)
+
+        rows = np.tile(np.arange(len(faults)), repeats)
+        run((counted, params, shape), faults[rows], engine=engine)
         return len(traces)
 
     few = count(1)
-    assert few <= 8
+    assert 1 <= few <= 5
     assert count(6) == few
 
 
