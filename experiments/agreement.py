@@ -239,7 +239,12 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> N
 
 def print_agreement(title: str, agreements: Sequence[Agreement], console: Console) -> None:
     """The table on the terminal; ± is the half width of the interval around ours (t = 2.58)."""
-    table = Table(title=f"Published and measured shares, {title}", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"Published and ours: {title}",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("Layer")
     table.add_column("Bits")
     for heading in ("Faults", "Masked", "ours", "±", "Critical", "ours", "±"):

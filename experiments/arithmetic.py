@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.config import check_same_config, claim_workdir, parse_flags
 from experiments.ground_truth import check_arithmetic, load_subject
@@ -155,6 +155,7 @@ def print_summary(campaigns: Mapping[str, Campaign], note: str) -> None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+    logging.set_verbosity(logging.WARNING)
     try:
         if not flags.FLAGS.workdir:
             raise ValueError("--workdir is missing: give the folder for the results")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 
 from experiments.agreement import (
@@ -238,6 +238,7 @@ def write_results(
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+    logging.set_verbosity(logging.WARNING)
     try:
         if not flags.FLAGS.workdir:
             raise ValueError("--workdir is missing: give the folder for the results")

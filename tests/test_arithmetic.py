@@ -10,6 +10,9 @@ import pytest
 from jax import lax
 
 from jaxfi.arithmetic import ARITHMETIC, with_arithmetic
+from jaxfi.campaign import run_campaign
+from jaxfi.outcomes import MASKED
+from jaxfi.sampling import sample_faults
 
 # Bits of mantissa, smallest normal exponent, largest exponent.
 FORMATS = {"tf32": (10, -126, 127), "bfloat16": (7, -126, 127), "float16": (10, -14, 15)}
@@ -198,6 +201,26 @@ def test_gradients_pass():
     exact, rounded = (jax.grad(loss)(PARAMS, {"*": name}) for name in ("float32", "tf32"))
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
         assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize("engine", ["fast", "vmap"])
+def test_campaigns_mask_what_the_rounding_hides(engine):
+    """Where NumPy rounds the faulty and the stored weight to one number, the fault is masked."""
+    apply_fn = with_arithmetic(network, {"*": "tf32"})
+    faults = sample_faults(0, PARAMS, 64, by="bit", paths="layer2/dense/kernel")
+    labels = np.zeros(len(IMAGES), np.int32)
+    found, expected = (
+        run_campaign(apply_fn, PARAMS, faults, IMAGES, labels, engine=name)
+        for name in (engine, "reference")
+    )
+    before, after = (round_in_float64(x.astype(np.float32), "tf32") for x in faults.values(PARAMS))
+    hidden = before == after
+    assert hidden[faults.bit < 12].all()
+    assert not hidden[faults.bit > 12].any()
+    assert (found.outcomes[hidden] == MASKED).all()
+    assert (found.outcomes[~hidden] != MASKED).mean() > 0.9
+    if engine == "fast":
+        np.testing.assert_array_equal(found.outcomes, expected.outcomes)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
-import importlib.util
 import io
 import sys
 import time
@@ -23,12 +22,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch
-from absl import app, flags
+from absl import app, flags, logging
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from experiments.agreement import sample_rows
+from experiments.benchmarks.peer_tools import INPUT_SHAPE, Logits, TorchFault, installed_tools
 from experiments.config import parse_flags
 from experiments.ground_truth import Subject, load_subject
 from jaxfi.campaign import NotReproducible, run_campaign
@@ -41,16 +41,6 @@ from tests.torch_models import TORCH_MODELS
 
 NAMES = {MASKED: "masked", NON_CRITICAL: "non-critical", CRITICAL: "critical"}
 UNSUPPORTED = 255
-Logits = np.ndarray  # [N, classes] float32
-
-
-class TorchFault(NamedTuple):
-    """A bit-flip in PyTorch's names: module, flat index and index of its weight, bit."""
-
-    module: str
-    element: int
-    index: tuple[int, ...]
-    bit: int
 
 
 class Run(NamedTuple):
@@ -69,91 +59,6 @@ class Run(NamedTuple):
     seconds: float
 
 
-# The tools: each gives the faulty logits of one fault, and leaves the network as it was.
-
-
-def plain_pytorch(model: torch.nn.Module, forward: Callable) -> Callable:
-    """Flips the bit in place, runs the network, flips it back."""
-    modules = dict(model.named_modules())
-
-    def faulty(fault: TorchFault) -> Logits:
-        words = modules[fault.module].weight.detach().view(torch.int32).view(-1)
-        mask = int(np.uint32(1 << fault.bit).view(np.int32))
-        words[fault.element] ^= mask
-        outputs = forward(model)
-        words[fault.element] ^= mask
-        return outputs
-
-    return faulty
-
-
-def pytorchfi(model: torch.nn.Module, forward: Callable) -> Callable:
-    """`declare_weight_fi` copies the model for each fault. It indexes four axes: convolutions."""
-    from pytorchfi.core import fault_injection
-
-    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)]
-    injector = fault_injection(model, 1, [3, 32, 32], [torch.nn.Conv2d])
-
-    def faulty(fault: TorchFault) -> Logits | None:
-        if fault.module not in names:
-            return None
-        k, *rest = ([axis] for axis in fault.index)
-        corrupted = injector.declare_weight_fi(
-            function=lambda weight, index: flip_bit(weight[index], fault.bit),
-            layer_num=[names.index(fault.module)], k=k, dim1=rest[0], dim2=rest[1], dim3=rest[2],
-        )  # fmt: skip
-        return forward(corrupted)
-
-    return faulty
-
-
-def flip_bit(value: torch.Tensor, bit: int) -> torch.Tensor:
-    """A scalar float32 with one bit of its word flipped."""
-    word = value.detach().clone().view(torch.int32) ^ int(np.uint32(1 << bit).view(np.int32))
-    return word.view(torch.float32)
-
-
-def mrfi(model: torch.nn.Module, forward: Callable) -> Callable:
-    """One injector for every layer, of which one is enabled at a time."""
-    import mrfi as package
-
-    injector = {
-        "type": "weight", "name": ["weight"], "enabled": False,
-        "selector": {"method": "FixPosition", "position": 0},
-        "error_mode": {"method": "FloatFixedBitFlip", "bit": 0},
-        "module_type": ["Conv2d", "Linear"],
-    }  # fmt: skip
-    wrapped = package.MRFI(model, package.EasyConfig({"faultinject": [injector]}))
-
-    def faulty(fault: TorchFault) -> Logits:
-        (config,) = wrapped.get_weights_configs(module_fullname=fault.module)
-        config["selector"]["args"]["position"] = fault.element
-        config["error_mode"]["args"]["bit"] = fault.bit
-        config["enabled"] = True
-        outputs = forward(wrapped)
-        # MRFI restores a weight only in the next run of an *enabled* injector: disabling it now
-        # would leave the fault in the network for good, and faults would pile up.
-        with wrapped.golden_run():
-            wrapped(torch.zeros(1, *INPUT_SHAPE))
-        config["enabled"] = False
-        return outputs
-
-    return faulty
-
-
-INPUT_SHAPE = (3, 32, 32)
-TOOLS = {"PyTorch": plain_pytorch, "PyTorchFI": pytorchfi, "MRFI": mrfi}
-
-
-def installed_tools() -> dict[str, Callable]:
-    """The tools whose packages are here."""
-    return {
-        name: tool
-        for name, tool in TOOLS.items()
-        if name == "PyTorch" or importlib.util.find_spec(name.lower())
-    }
-
-
 # Running them
 
 
@@ -166,9 +71,9 @@ def torch_faults(faults: FaultList) -> list[TorchFault]:
         path, shape = faults.paths[leaf], faults.shapes[leaf]
         indices = to_torch_layout(path, np.arange(np.prod(shape)).reshape(shape), FLATTENED)
         flat = int(np.flatnonzero(indices == element)[0])
-        index = tuple(int(axis) for axis in np.unravel_index(flat, indices.shape))
+        axes = tuple(int(axis) for axis in np.unravel_index(flat, indices.shape))
         module = torch_name(path).removesuffix(".weight")
-        found.append(TorchFault(module, flat, index, int(bit)))
+        found.append(TorchFault(module, flat, axes, int(bit)))
     return found
 
 
@@ -264,23 +169,32 @@ def disagreements(runs: Sequence[Run]) -> Iterator[tuple]:
 
 
 def reason(median: float, largest: float) -> str:
-    """What a change of the logits of this relative size says about a disagreement."""
+    """What a change of the logits of this relative size says about a disagreement.
+
+    "order of sums": the fault moves the logits by rounding errors only, which each tool rounds in
+    its own order. "near a decision boundary": the same holds for the two best classes' distance.
+    """
     if largest < 1e-4:
-        return "order of float sums: the fault moves the logits by rounding errors only"
+        return "order of sums"
     if np.isnan(median) or np.isinf(median):
-        return "NaN or Inf in the logits of one of the two"
-    return "a fault of this size meets images near a decision boundary"
+        return "NaN or Inf"
+    return "near a decision boundary"
 
 
 def write_runs(path: Path, runs: Sequence[Run], faults: FaultList) -> None:
     """Shares of masked and critical images of every fault in every tool."""
     header = ["path", "index", "bit"]
     header += [f"{outcome}_{run.tool}" for run in runs for outcome in ("masked", "critical")]
-    columns = [
-        (run.outcomes == code).mean(axis=1).round(6) for run in runs for code in (MASKED, CRITICAL)
-    ]
+    columns = [share_texts(run, code) for run in runs for code in (MASKED, CRITICAL)]
     sites = zip(faults.leaf, faults.indices(), faults.bit.tolist(), *columns, strict=True)
     _write_csv(path, header, ((faults.paths[leaf], *rest) for leaf, *rest in sites))
+
+
+def share_texts(run: Run, code: int) -> list[str]:
+    """Share of images per fault; empty for a fault that the tool cannot inject."""
+    shares = (run.outcomes == code).mean(axis=1)
+    supported = run.outcomes[:, 0] != UNSUPPORTED
+    return [f"{x:.6f}" if here else "" for x, here in zip(shares, supported, strict=True)]
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -306,7 +220,7 @@ def summary(runs: Sequence[Run]) -> list[tuple]:
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence]) -> None:
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in headings:
         table.add_column(heading)
     for row in rows:
@@ -334,14 +248,19 @@ def run(settings: Any, workdir: Path) -> list[Run]:
 
 def report(runs: Sequence[Run], workdir: Path) -> None:
     """Both tables, on the terminal and as CSV."""
-    headings = ("tool", "faults", "outcomes_per_second", "seconds", "as_jaxfi", "as_pytorch")
-    rows = summary(runs)
-    _write_csv(workdir / "summary.csv", headings, rows)
-    print_table("Peers on the same faults and images", headings, rows)
-    headings = ("tool", "theirs", "ours", "pairs", "median_change", "largest_change", "reason")
-    rows = list(disagreements(runs))
-    _write_csv(workdir / "disagreements.csv", headings, rows)
-    print_table("Where a tool and jaxfi differ", headings, rows)
+    tables = {
+        "summary": (
+            ("tool", "faults", "outcomes_per_second", "seconds", "as_jaxfi", "as_pytorch"),
+            summary(runs),
+        ),
+        "disagreements": (
+            ("tool", "theirs", "ours", "pairs", "median_change", "largest_change", "reason"),
+            list(disagreements(runs)),
+        ),
+    }
+    for name, (headings, rows) in tables.items():
+        _write_csv(workdir / f"{name}.csv", headings, rows)
+        print_table(name, headings, rows)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -362,7 +281,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    values = flags.FLAGS
+    values: Any = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)  # MRFI tells of every layer it finds
     try:
         for name in ("workdir", "weights", "fault_list"):
             if not values[name].value:
