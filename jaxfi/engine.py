@@ -22,7 +22,7 @@ from jax.extend import core
 
 from jaxfi.faults import FAULT_MODELS, Fault, FaultList, PyTree, corrupt, inject, to_words
 from jaxfi.outcomes import Results, judge
-from jaxfi.plan import LeafPlan, leaf_bytes, plan_leaf
+from jaxfi.plan import LeafPlan, leaf_bytes, plan_leaves
 from jaxfi.slicing import ApplyFn, Network, bind, evaluate, read, trace_network
 
 # A 16-bit network must round after every operation, wherever the compiler could keep 32 bits.
@@ -133,6 +133,7 @@ def fast_engine(setup: Setup) -> Engine:
     """Columns, channel tail and packed suffix; each leaf's programs are compiled once."""
     image = jax.ShapeDtypeStruct(setup.batches.shape[1:], setup.batches.dtype)
     network = trace_network(setup.apply_fn, setup.params, image)
+    plans = plan_leaves(network)
     programs: dict[int, _Programs] = {}
     shared: dict = {}
 
@@ -142,7 +143,7 @@ def fast_engine(setup: Setup) -> Engine:
             for other in programs.keys() - {leaf}:
                 programs[other].forget()
             if leaf not in programs:
-                programs[leaf] = _Programs(network, plan_leaf(network, int(leaf)), shared)
+                programs[leaf] = _Programs(network, plans[leaf], shared)
             rows = np.flatnonzero(faults.leaf == leaf)
             runner = _RUNNERS[programs[leaf].plan.method]
             runner(setup, programs[leaf], faults[rows], rows, tally, advance)

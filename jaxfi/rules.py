@@ -93,6 +93,11 @@ def _elementwise(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None
     )
 
 
+@_rule("optimization_barrier")
+def _barrier(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    return _elementwise(equation, axes) if len(axes) == 1 else None
+
+
 @_rule("concatenate")
 def _concatenate(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     # Joining other axes is per channel; joining channels moves them, and ends the columns.
