@@ -256,6 +256,7 @@ class _Programs:
     def _lit(self, inputs: list) -> jax.Array:
         """Which input channels are not zero everywhere in a batch, [channels] bool."""
         gate = self.plan.gate
+        assert gate is not None, "only called where there is a gate"
         values = inputs[self.plan.inputs.index(gate.inputs)]
         others = [axis for axis in range(values.ndim) if axis != gate.input_axis]
         return jnp.any(values != 0, axis=others)
