@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.benchmarks.sides import (
     RANDOM,
@@ -115,6 +115,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     params = subject.variables["params"]
     num_faults = settings.num_faults or sample_size(fault_population(params))
     faults = sample_faults(settings.seed, params, num_faults)
+    before = machine()
     allow_tf32(settings.precision != "highest")
     rows = _spread_rows(num_faults, settings.pytorch_faults)
     num_images = _sampled_images(settings, subject)
@@ -151,7 +152,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "settings": dataclasses.asdict(settings),
         "images": subject.note,
         "versions": versions(),
-        "machine": machine(),
+        "machine": before,
     }  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What ran it, and how busy it was: other processes slow both sides."""
+    """What ran it, and how busy it was: on a busy machine threads wait for each other."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -258,6 +259,8 @@ def table(result: dict[str, Any]) -> str:
         f"{machine['cores']} cores of {machine['processor']}, load {machine['load_average'][0]}, "
         f"JAX {versions['jax']}, PyTorch {versions['torch']}"
     )
+    if machine["load_average"][0] > machine["cores"] / 2:
+        caption += "; THE MACHINE WAS BUSY before this began, so the figures are no measurement"
     return "\n".join((*lines, "", caption))
 
 
@@ -294,6 +297,7 @@ def run_from_flags(values: flags.FlagValues) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+    logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_enable_compilation_cache", False)  # a campaign compiles, each time
     try:
         run_from_flags(flags.FLAGS)
