@@ -1,8 +1,10 @@
-"""The engine's benchmark on almost nothing: the fields that it promises, and its two sides."""
+"""The engine's benchmark on almost nothing, its two sides, and the example of docs/engine.md."""
 
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +108,10 @@ def test_wrong_settings_end_in_one_line(change, message):
 def test_out_is_needed():
     with pytest.raises(ValueError, match="--out is missing"):
         run_command_line("--num_images=5")
+
+
+def test_example_of_the_engine_page_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "engine.md").read_text(encoding="utf-8")
+    example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    exec(example, {})
+    assert "conv1/kernel columns 32" in capsys.readouterr().out
