@@ -1,6 +1,7 @@
 """Fault injection and gradient regularization for JAX."""
 
 from jaxfi.campaign import Campaign, NotReproducible, load_campaign, run_campaign
+from jaxfi.explain import explain
 from jaxfi.faults import FAULT_MODELS, Fault, FaultList, corrupt, inject, leaf_paths
 from jaxfi.outcomes import (
     CRITICAL,
@@ -27,6 +28,7 @@ __all__ = [
     "classify",
     "corrupt",
     "exhaustive_faults",
+    "explain",
     "fault_population",
     "inject",
     "leaf_paths",

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxfi.engine import ENGINES, Setup, golden_run
+from jaxfi.explain import explain, plan_text
 from jaxfi.faults import FaultList, PyTree
 from jaxfi.outcomes import (
     MASKED,
@@ -142,7 +144,7 @@ def run_campaign(
     >>> images = np.array([[2.0, 1.0], [0.5, 1.0]], np.float32)
     >>> result = run_campaign(lambda p, x: x @ p["w"], params, faults, images, [0, 1])
     >>> result.outcomes.tolist()
-    [[2, 1], [1, 1]]
+    [[2, 1], [0, 0]]
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}: allowed are {', '.join(ENGINES)}")
@@ -171,6 +173,9 @@ def run_campaign(
         }
         with _storage(workdir, provenance, faults, params, golden, labels) as storage:
             run = ENGINES[engine](setup)
+            if progress and engine == "fast":
+                print(plan_text(explain(apply_fn, params, images, faults, batch_size=batch_size,
+                                        precision=precision)), file=sys.stderr)  # fmt: skip
             with _bar(storage.todo(activated), len(images), progress) as advance:
                 for rows in _blocks(faults, storage.todo(activated)):
                     storage.write(rows, _checked_block(run, setup, faults[rows], seed, advance))
