@@ -10,6 +10,7 @@ fault on every test image is masked, non-critical or critical.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -205,10 +206,13 @@ def main(argv: Sequence[str]) -> None:
     if not flags.FLAGS.workdir:
         sys.exit("error: --workdir is missing: give the folder for the results")
     logging.set_verbosity(logging.WARNING)  # matplotlib tells of every glyph
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     try:
         run(config_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
     except (ValueError, TypeError, OSError, FloatingPointError, NotReproducible) as error:
         sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: what is finished is saved; the same command continues it")
 
 
 def one_line(error: Exception) -> str:
