@@ -117,7 +117,9 @@ def test_vmap_agrees_in_sign_and_exponent(engine: str) -> None:
     leaf = generator.integers(0, 4, 100)
     sizes = np.array([leaf.size for leaf in jax.tree.leaves(params)])
     element = generator.integers(0, sizes[leaf])
-    faults = FaultList.from_arrays(params, leaf, element, generator.integers(23, 32, 100), "bit-flip")
+    faults = FaultList.from_arrays(
+        params, leaf, element, generator.integers(23, 32, 100), "bit-flip"
+    )
     found, reference = run(model, faults, engine=engine), run(model, faults, engine="reference")
     agree = (found.outcomes == reference.outcomes).mean()
     assert agree == 1 if engine == "fast" else agree >= 0.99
@@ -201,13 +203,21 @@ def test_programs_are_compiled_per_leaf_not_per_fault(monkeypatch) -> None:
 
 BAD = {
     "engine": ({"engine": "quick"}, ValueError, "unknown engine 'quick': allowed are fast"),
-    "precision": ({"precision": "tf32"}, ValueError, "unknown precision 'tf32': allowed are highest"),
+    "precision": (
+        {"precision": "tf32"},
+        ValueError,
+        "unknown precision 'tf32': allowed are highest",
+    ),
     "nan": ({"nan": "ignore"}, ValueError, "unknown nan policy 'ignore': allowed are"),
     "batch_size": ({"batch_size": 0}, ValueError, "batch_size 0 is out of range"),
     "labels": ({"labels": np.zeros(12, int)}, ValueError, r"labels have shape \(12,\)"),
     "label dtype": ({"labels": np.zeros(13)}, TypeError, "labels have dtype float64"),
     "no images": ({"images": np.zeros((0, 6)), "labels": []}, ValueError, "images have shape"),
-    "output shape": ({"apply_fn": lambda p, x: x.sum()}, ValueError, r"apply_fn returned f.*\[batch"),
+    "output shape": (
+        {"apply_fn": lambda p, x: x.sum()},
+        ValueError,
+        r"apply_fn returned f.*\[batch",
+    ),
     "output batch": ({"apply_fn": lambda p, x: x[:2]}, ValueError, "apply_fn returned .* 5 images"),
     "output dtype": ({"apply_fn": lambda p, x: x > 0}, ValueError, "apply_fn returned bool"),
     "two outputs": ({"apply_fn": lambda p, x: (x, x)}, ValueError, "apply_fn returned"),
