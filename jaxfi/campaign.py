@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import platform
+import queue
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from typing import Any
 
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxfi.engine import ENGINES, Setup, golden_run
+from jaxfi.engine import ENGINES, Engine, Setup, golden_run
 from jaxfi.explain import explain, plan_text
 from jaxfi.faults import FaultList, PyTree
 from jaxfi.outcomes import (
@@ -115,6 +118,7 @@ def run_campaign(
     precision: str = "highest",
     memory_budget: int | None = None,
     seed: int = 0,
+    devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
     workdir: str | os.PathLike | None = None,
 ) -> Campaign:
@@ -133,6 +137,8 @@ def run_campaign(
       precision: of matmuls and convolutions: "highest" (float32), "high", "default" (a GPU's TF32).
       memory_budget: bytes; default 70 % of what the device reports.
       seed: of the null faults that check the run.
+      devices: where to run, blocks of faults dealt to whichever is free; default all local
+        accelerators, or one CPU. The outcomes do not depend on how many.
       progress: show a progress bar with rate and ETA.
       workdir: a directory that keeps finished work; the same campaign there is continued.
 
@@ -158,8 +164,9 @@ def run_campaign(
         shape = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
         trace_network(apply_fn, params, shape)  # says in one line what is wrong with apply_fn
         params = jax.tree.map(jnp.asarray, params)
+        devices = tuple(devices or _default_devices())
         golden = golden_run(apply_fn, params, batches, len(images))
-        memory = (memory_budget or _default_budget()) // 4
+        memory = (memory_budget or _default_budget()) // (4 * len(devices))
         setup = Setup(apply_fn, params, batches, labels, golden, nan, memory)
         activated = faults.activated(params)
         provenance = {
@@ -172,13 +179,15 @@ def run_campaign(
             "num_not_activated": int(np.count_nonzero(~activated)),
         }
         with _storage(workdir, provenance, faults, params, golden, labels) as storage:
-            run = ENGINES[engine](setup)
             if progress and engine == "fast":
                 print(plan_text(explain(apply_fn, params, images, faults, batch_size=batch_size,
                                         precision=precision)), file=sys.stderr)  # fmt: skip
-            with _bar(storage.todo(activated), len(images), progress) as advance:
-                for rows in _blocks(faults, storage.todo(activated)):
-                    storage.write(rows, _checked_block(run, setup, faults[rows], seed, advance))
+            todo = storage.todo(activated)
+            with _bar(todo, len(images), progress) as advance:
+                block = functools.partial(_checked_block, faults=faults, seed=seed, advance=advance)
+                blocks = _blocks(faults, todo, len(devices))
+                for done in _on_devices(setup, engine, precision, devices, block, blocks):
+                    storage.write(*done)
             results = storage.results()
     return Campaign(faults, *results, golden, labels, provenance)
 
@@ -245,18 +254,62 @@ def _storage(workdir, provenance, faults, params, golden, labels) -> Iterator[An
         yield _Directory(store, masked)
 
 
-def _blocks(faults: FaultList, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows that are run and saved together: faults of one leaf."""
-    for leaf in np.unique(faults.leaf[rows]):
-        of_leaf = rows[faults.leaf[rows] == leaf]
-        for start in range(0, len(of_leaf), _FAULTS_PER_BLOCK):
-            yield of_leaf[start : start + _FAULTS_PER_BLOCK]
+def _blocks(faults: FaultList, rows: np.ndarray, num_devices: int) -> list[np.ndarray]:
+    """Rows that are run and saved together: faults of one leaf, enough blocks for the devices."""
+    size = min(_FAULTS_PER_BLOCK, -(-len(rows) // num_devices) or 1)
+    return [
+        of_leaf[start : start + size]
+        for leaf in np.unique(faults.leaf[rows])
+        for of_leaf in [rows[faults.leaf[rows] == leaf]]
+        for start in range(0, len(of_leaf), size)
+    ]
+
+
+def _on_devices(
+    setup: Setup,
+    engine: str,
+    precision: str,
+    devices: Sequence[jax.Device],
+    block: Callable[[Engine, Setup, np.ndarray], Results],
+    blocks: Sequence[np.ndarray],
+) -> Iterator[tuple[np.ndarray, Results]]:
+    """Runs each block on whichever device is free, one thread and one engine a device."""
+    free: queue.SimpleQueue = queue.SimpleQueue()
+    for device in devices:
+        with jax.default_device(device):
+            here = dataclasses.replace(setup, params=jax.device_put(setup.params, device))
+            free.put((device, here, ENGINES[engine](here)))
+
+    def run(rows: np.ndarray) -> tuple[np.ndarray, Results]:
+        device, here, started = free.get()
+        try:
+            with jax.default_device(device), jax.default_matmul_precision(precision):
+                return rows, block(started, here, rows)
+        finally:
+            free.put((device, here, started))
+
+    if len(devices) == 1:
+        yield from map(run, blocks)
+        return
+    pool = ThreadPoolExecutor(len(devices))
+    try:
+        for future in as_completed([pool.submit(run, rows) for rows in blocks]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _checked_block(
-    run: Callable, setup: Setup, faults: FaultList, seed: int, advance: Callable[[int], None]
+    run: Engine,
+    setup: Setup,
+    rows: np.ndarray,
+    *,
+    faults: FaultList,
+    seed: int,
+    advance: Callable[[int], None],
 ) -> Results:
     """Runs a block with null faults at random places in it, which must all be masked."""
+    faults = faults[rows]
     leaf = int(faults.leaf[0])
     generator = np.random.default_rng([seed, leaf, int(faults.element[0])])
     num_null = 1 + len(faults) // _FAULTS_PER_NULL
@@ -302,6 +355,11 @@ def _batched(images: np.ndarray, batch_size: int) -> np.ndarray:
     padding = -len(images) % batch_size
     padded = np.concatenate([images, np.repeat(images[:1], padding, axis=0)])
     return padded.reshape(-1, batch_size, *images.shape[1:])
+
+
+def _default_devices() -> list[jax.Device]:
+    local = jax.local_devices()
+    return local[:1] if local[0].platform == "cpu" else local
 
 
 def _default_budget() -> int:
