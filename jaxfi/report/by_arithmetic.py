@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from jaxfi.campaign import Campaign
+from jaxfi.faults import word_bits
 from jaxfi.outcomes import MASKED, Estimate, estimate_rate, shares
 from jaxfi.report import figures
 from jaxfi.report.shares import fault_dtype, shares_by_bit
@@ -57,10 +59,14 @@ def _draw_bits(axes: Axes, campaigns: Mapping[str, Campaign], t: float) -> None:
         style = figures._SERIES_STYLES[number % len(figures._SERIES_STYLES)]
         axes.errorbar(
             bits, figures._percent(masked), yerr=figures._bars(masked), label=name,
-            markersize=3.4, linewidth=0.7, elinewidth=0.7, capsize=1.4, **style,
+            markersize=3.2, linewidth=0.8, elinewidth=0.9, ecolor=to_rgba(style["color"], 0.45),
+            **style,
         )  # fmt: skip
     dtype = fault_dtype(next(iter(campaigns.values())).faults)
+    width = word_bits(dtype)
     figures._mark_fields(axes, dtype)
+    axes.set_xticks(range(width - 1, -1, -1), minor=True)
+    axes.set_xticks([width - 1, *range(width - 4, -1, -4)])
     axes.set(ylim=(-2, 102), ylabel="Masked (fault, image) pairs (%)")
     axes.set_xlabel(f"Bit position of the fault in the stored {dtype} word")
     axes.grid(axis="y", linewidth=0.4, color="#dddddd")
@@ -73,8 +79,8 @@ def _draw_whole(axes: Axes, campaigns: Mapping[str, Campaign], t: float) -> None
     total = [_masked(campaign, t) for campaign in campaigns.values()]
     beyond = [100 * float(masked_beyond(first, c).mean()) for c in campaigns.values()]
     base = figures._percent(total) - beyond
-    axes.bar(rows, base, 0.66, label="by network", **_NETWORK)
-    axes.bar(rows, beyond, 0.66, bottom=base, label="by rounding", **_ROUNDING)
+    axes.bar(rows, base, 0.66, label="by the network", **_NETWORK)
+    axes.bar(rows, beyond, 0.66, bottom=base, label="by the rounding alone", **_ROUNDING)
     axes.errorbar(
         rows, figures._percent(total), yerr=figures._bars(total), linestyle="none",
         **figures._ERROR_BARS,
