@@ -354,13 +354,13 @@ def _run_unreached(setup, programs, faults, rows, tally, advance) -> None:
 
 def _run_slice(setup, programs, faults, rows, tally, advance) -> None:
     """The suffix alone, one fault at a time."""
-    leaves = jax.tree.leaves(setup.params)
-    number_of_leaf = programs.plan.leaf
+    plan, leaves = programs.plan, jax.tree.leaves(setup.params)
     for number in range(len(setup.batches)):
-        golden = programs.golden_inputs(setup, number)
+        given = dict(zip(plan.inputs, programs.golden_inputs(setup, number), strict=True))
+        golden = [given[var] for var in plan.suffix_inputs]
         for row, fault in zip(rows, _each(faults), strict=True):
-            faulty = programs.faulty_leaf(leaves[number_of_leaf], *fault)
-            swapped = [faulty if n == number_of_leaf else x for n, x in enumerate(leaves)]
+            faulty = programs.faulty_leaf(leaves[plan.leaf], *fault)
+            swapped = [faulty if n == plan.leaf else x for n, x in enumerate(leaves)]
             tally.add_batch(row, number, programs.suffix(swapped, golden))
             advance(_images_in(setup, number))
 
