@@ -248,6 +248,42 @@ def scalars_and_integers() -> Model:
     return apply_fn, params, (6,)
 
 
+def sliced_scale() -> Model:
+    """A learned scale before a softmax: its layer runs in columns, the scale by its slice."""
+    params = {"a": normal(0, 5, 5), "scale": normal(1, 5), "b": normal(2, 5, CLASSES)}
+
+    def apply_fn(p, x):
+        return jax.nn.softmax(x @ p["a"] * along_last(p["scale"], x)) @ p["b"]
+
+    return apply_fn, params, (5,)
+
+
+def dead_inputs() -> Model:
+    """Input channels that are 0 or -0 everywhere, and a matmul that contracts one channel."""
+    params = {"one": normal(0, 1, 4), "a": normal(1, 5, 4), "out": normal(2, 4, CLASSES)}
+
+    def apply_fn(p, x):
+        mask = along_last(jnp.array([1.0, 0.0, -0.0, 1.0, 0.0]), x)
+        signs = jnp.sign(1 / (jax.nn.relu(x[:, :1]) @ p["one"]))  # tells 0 from -0
+        return ((x * mask) @ p["a"] + signs) @ p["out"]
+
+    return apply_fn, params, (5,)
+
+
+def chained_products() -> Model:
+    """Products and sums that a compiler may contract, with leaves used on both sides."""
+    params = {"a": normal(0, 6, 5), "scale": normal(1, 5), "shift": normal(2, 5),
+              "out": normal(3, 5, CLASSES)}  # fmt: skip
+
+    def apply_fn(p, x):
+        scale, shift = p["scale"][None], p["shift"][None]
+        x = (x @ p["a"]) * scale + shift
+        x = x * x - shift * x + x * scale
+        return (x * jax.nn.sigmoid(x * 1.7)) @ p["out"]
+
+    return apply_fn, params, (6,)
+
+
 def residual() -> Model:
     """The pre-declared networks' block with its padded shortcut, and BatchNorm, narrow."""
     return of_linen(ResNet((4, 8), (1, 1), False, CLASSES), (8, 8, 3))
@@ -259,7 +295,8 @@ def residual_projected() -> Model:
 
 TINY = (plain_mlp, plain_conv, linen_cnn, nnx_cnn, equinox_cnn, haiku_cnn, depthwise_separable,
         dense_concatenation, squeeze_and_excite, vision_transformer, recurrent, shared_leaf,
-        rematerialized, unreached_leaf, scalars_and_integers, residual,
+        rematerialized, unreached_leaf, scalars_and_integers, sliced_scale, dead_inputs,
+        chained_products, residual,
         residual_projected)  # fmt: skip
 
 
