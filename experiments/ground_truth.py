@@ -102,7 +102,8 @@ def settings_from_flags(values: flags.FlagValues) -> Settings:
 
 
 def parse_arithmetic(text: str) -> dict[str, str]:
-    """
+    """PATTERN=ARITHMETIC, comma-separated, as `with_arithmetic` takes it; ValueError for others.
+
     >>> parse_arithmetic("layer3/*=tf32,*=float32")
     {'layer3/*': 'tf32', '*': 'float32'}
     """

@@ -264,6 +264,7 @@ def report(runs: Sequence[Run], workdir: Path) -> None:
 
 
 def define_flags(values: flags.FlagValues) -> None:
+    """What `load_subject` asks for, the fault list, and --workdir."""
     text: Any = functools.partial(flags.DEFINE_string, flag_values=values)
     number: Any = functools.partial(flags.DEFINE_integer, flag_values=values)
     text("workdir", None, "Folder of the results.")
