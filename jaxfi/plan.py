@@ -22,7 +22,7 @@ from jax.extend import core
 
 from jaxfi.rules import column_rule, operand_axes
 from jaxfi.slicing import (
-    UNKNOWN,
+    COUPLED,
     Network,
     Value,
     arithmetic,
@@ -65,7 +65,8 @@ class LeafPlan:
 
     Attributes:
       leaf: position of the leaf in the tree.
-      method: "columns", "slice", or "unreached" (the output does not depend on the leaf).
+      method: "columns", "slice", "unreached" (the output does not depend on the leaf), or "whole"
+        (the engine saw that a cut moves bits, and re-runs the network).
       reason: why not columns; empty if columns.
       axis: the leaf's axis that becomes the columns; `num_columns` is its length.
       steps: the equations of the columns, in order; `axes` is the column axis of each value.
@@ -167,6 +168,9 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
     carried = tuple(var for var in suffix_inputs if var not in columns.reached)
     for var in packed:
         _check_batch_axis(network, var, columns.reached[var])
+    for equation in needed_equations(network, [network.output], {*network.leaves, *suffix_inputs}):
+        if any(network.batch_axis[var] == COUPLED for var in equation.outvars):
+            raise _NoColumns(f"{equation.primitive.name} behind it mixes the images of a batch")
     golden = tuple(dict.fromkeys(columns.golden))
     needed = _cut(network, (*columns.taken, *golden), lambda v: _is_storable(network, v))
     compared = tuple(columns.frontier)
@@ -284,7 +288,7 @@ class _Columns:
 def _is_storable(network: Network, var: core.Var) -> bool:
     """A value of the images that may be cut here, and whose rows can be picked by image."""
     axis = network.batch_axis.get(var)
-    return axis is not None and axis != UNKNOWN and is_boundary(network, var)
+    return axis is not None and axis >= 0 and is_boundary(network, var)
 
 
 def _slice_inputs(network: Network, source: core.Var) -> tuple[core.Var, ...]:
@@ -330,7 +334,7 @@ def _check_batch_axis(network: Network, var: core.Var, column_axis: int) -> None
     if axis is None:
         producer = network.producers.get(var)
         raise _NoColumns(f"{producer.primitive.name if producer else 'its reader'} mixes channels")
-    if axis in (UNKNOWN, column_axis):
+    if axis < 0 or axis == column_axis:
         raise _NoColumns("the images' axis of a value behind it cannot be told")
 
 

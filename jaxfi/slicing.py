@@ -28,6 +28,7 @@ Array = jax.Array
 ApplyFn = Callable[[PyTree, Array], Array]
 Value = core.Var | core.Literal
 UNKNOWN = -1  # depends on the images, but no axis is known to be theirs
+COUPLED = -2  # depends on the images, and no axis can be theirs: it mixes a batch's images
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call",
           "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}  # fmt: skip
@@ -54,7 +55,7 @@ class Network:
       image: the image batch, [batch, ...].
       output: [batch, classes].
       given: values of the remaining variables (what `apply_fn` closes over).
-      batch_axis: per variable: the images' axis, None for none, `UNKNOWN` where it cannot be told.
+      batch_axis: per variable: the images' axis, None for none, `UNKNOWN` or `COUPLED`.
       producers, consumers: the equation that computes a variable; those that read it.
     """
 
@@ -279,6 +280,8 @@ def _changed_axis(shape: tuple[int, ...], other: tuple[int, ...], batch: int) ->
     if len(shape) != len(other):
         return UNKNOWN
     moved = [axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+    if not moved:
+        return COUPLED
     if len(moved) == 1 and (shape[moved[0]], other[moved[0]]) == (batch, batch + 1):
         return moved[0]
     return UNKNOWN

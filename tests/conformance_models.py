@@ -293,11 +293,41 @@ def residual_projected() -> Model:
     return of_linen(ResNet((4, 8), (1, 1), True, CLASSES), (8, 8, 3))
 
 
+def group_norm() -> Model:
+    """A reshape between a product and what stores it: a cut that moves bits, so runs whole."""
+    params = {"a": normal(0, 6), "c": normal(1, 96, CLASSES)}
+
+    def apply_fn(p, x):
+        groups = x.reshape(x.shape[0], 4, 4, 2, 3)
+        centred = groups - groups.mean((1, 2, 4), keepdims=True)
+        y = centred.reshape(x.shape) * p["a"][None, None, None]
+        return y.reshape(y.shape[0], -1) @ p["c"]
+
+    return apply_fn, params, (4, 4, 6)
+
+
+def batch_coupled() -> Model:
+    """One infinite activation decides for all images of a batch: rows must not be packed."""
+    params = {"a": normal(0, 5, 5), "b": normal(1, 5, 5), "c": normal(2, 5, CLASSES)}
+
+    def apply_fn(p, x):
+        y = jnp.tanh((x @ p["a"]) @ p["b"])
+        return jnp.where(jnp.isfinite((x @ p["a"]).sum()), y, -y) @ p["c"]
+
+    return apply_fn, params, (5,)
+
+
+def spectral() -> Model:
+    """Complex activations."""
+    params = {"a": normal(0, 5, 8), "c": normal(1, 8, CLASSES)}
+    return lambda p, x: jnp.abs(jnp.fft.fft(x @ p["a"])) @ p["c"], params, (5,)
+
+
 TINY = (plain_mlp, plain_conv, linen_cnn, nnx_cnn, equinox_cnn, haiku_cnn, depthwise_separable,
         dense_concatenation, squeeze_and_excite, vision_transformer, recurrent, shared_leaf,
         rematerialized, unreached_leaf, scalars_and_integers, sliced_scale, dead_inputs,
         chained_products, residual,
-        residual_projected)  # fmt: skip
+        residual_projected, group_norm, batch_coupled, spectral)  # fmt: skip
 
 
 def studied(name: str) -> Model:

@@ -272,3 +272,24 @@ def test_lenet_outcomes_are_those_of_a_pytorch_rerun(num_faults: int, num_images
     np.testing.assert_array_equal(due, found.due)
     np.testing.assert_array_equal(found.correct, (predictions == 0).sum(1))
     assert 0.001 < changed.mean() < 0.9
+
+
+def test_outcomes_do_not_depend_on_how_many_devices() -> None:
+    program = """
+import jax, numpy as np
+from jaxfi import run_campaign, sample_faults
+from tests.conformance_models import plain_conv
+apply_fn, params, shape = plain_conv()
+images = np.random.default_rng(0).normal(size=(12, *shape)).astype(np.float32)
+faults = sample_faults(0, params, 60)
+runs = [
+    run_campaign(apply_fn, params, faults, images, np.zeros(12, int), batch_size=5, devices=devices)
+    for devices in (jax.devices()[:1], jax.devices()[:2], jax.devices())
+]
+assert len(jax.devices()) == 8
+for run in runs[1:]:
+    for a, b in zip(runs[0].results, run.results, strict=True):
+        assert np.array_equal(a, b)
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

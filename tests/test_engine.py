@@ -149,9 +149,15 @@ def batch_statistics(late: bool):
     return apply_fn, params, (6,)
 
 
-@pytest.mark.parametrize("model", [row_dependent, batch_statistics], ids=lambda m: m.__name__)
-def test_position_dependent_suffix_is_caught(model) -> None:
-    apply_fn, params, shape = model(late=True)
+def test_suffix_that_mixes_images_is_exact() -> None:
+    # It is run on whole batches in order, one fault at a time.
+    model = batch_statistics(late=True)
+    faults = FaultList.from_arrays(model[1], 1, np.arange(48), 30, "bit-flip")
+    assert_same(run(model, faults), run(model, faults, engine="reference"))
+
+
+def test_position_dependent_suffix_is_caught() -> None:
+    apply_fn, params, shape = row_dependent(late=True)
     faults = FaultList.from_arrays(params, 1, np.arange(48), 30, "bit-flip")
     with pytest.raises(NotReproducible, match=r"a/kernel .*on cpu .*\(5, 6\).*reference"):
         run((apply_fn, params, shape), faults)
