@@ -1,5 +1,6 @@
 """Fault injection and gradient regularization for JAX."""
 
+from jaxfi.arithmetic import with_arithmetic
 from jaxfi.campaign import Campaign, NotReproducible, load_campaign, run_campaign
 from jaxfi.explain import explain
 from jaxfi.faults import FAULT_MODELS, Fault, FaultList, corrupt, inject, leaf_paths
@@ -37,4 +38,5 @@ __all__ = [
     "run_campaign",
     "sample_faults",
     "sample_size",
+    "with_arithmetic",
 ]
