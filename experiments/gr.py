@@ -55,7 +55,7 @@ def run(config: Config, workdir: Path) -> list[tables.TableRow]:
     variables = initialise(module, dataset, config.seed)
     faults = list_faults(config, variables["params"])
     claim_workdir(config, workdir)
-    faults.to_csv(workdir / "faults.csv")
+    keep_fault_list(faults, variables["params"], workdir / "faults.csv")
     campaigns = {}
     for loss, alpha in zip(LOSSES, (0.0, config.alpha), strict=True):
         folder = workdir / "networks" / loss
@@ -112,6 +112,16 @@ def list_faults(config: Config, params: PyTree) -> FaultList:
     if config.num_faults:
         num_faults = config.num_faults
     return sample_faults(config.seed, params, num_faults, model=config.fault_model)
+
+
+def keep_fault_list(faults: FaultList, params: PyTree, path: Path) -> None:
+    """Writes `faults.csv`; an error if the folder has another list."""
+    if not len(faults):
+        raise ValueError("the fault list is empty: allowed is one fault or more")
+    if not path.exists():
+        faults.to_csv(path)
+    elif FaultList.from_csv(path, params) != faults:
+        raise ValueError(f"{path} holds another fault list: use another --workdir")
 
 
 def train_network(

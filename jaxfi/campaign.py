@@ -32,7 +32,7 @@ from jaxfi.outcomes import (
     judge,
     per_fault_shares,
 )
-from jaxfi.slicing import ApplyFn, trace_network
+from jaxfi.slicing import ApplyFn, digest, trace_network
 from jaxfi.store import Store, load, open_store
 
 PRECISIONS = ("highest", "high", "default")
@@ -97,7 +97,12 @@ class Campaign:
           population: possible faults; default all single faults of the parameters.
           t: cut-off of the normal distribution; 2.58 is 99 % confidence.
         """
-        population = population or self.faults.population
+        if population is None:
+            population = self.faults.population
+        if population < len(self.faults):
+            raise ValueError(f"population {population} is less than the {len(self.faults)} faults")
+        if not 0 < t < float("inf"):
+            raise ValueError(f"t {t} is out of range: allowed is t > 0")
         num_images = self.outcomes.shape[1]
         return Rates(*(
             estimate_rate(per_fault_shares(self.results, rate), num_images, population, t)
@@ -160,17 +165,22 @@ def run_campaign(
     images, labels = _checked_images(images, labels)
     batches = _batched(images, batch_size)
     faults.validate(params)
+    faults.check()
+    if seed < 0:
+        raise ValueError(f"seed {seed} is out of range: allowed are integers >= 0")
     with jax.default_matmul_precision(precision):
         shape = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
-        trace_network(apply_fn, params, shape)  # says in one line what is wrong with apply_fn
+        network = trace_network(apply_fn, params, shape)
         params = jax.tree.map(jnp.asarray, params)
         devices = tuple(devices or _default_devices())
-        golden = golden_run(apply_fn, params, batches, len(images))
+        with jax.default_device(devices[0]):
+            golden = golden_run(apply_fn, params, batches, len(images))
         memory = (memory_budget or _default_budget()) // (4 * len(devices))
         setup = Setup(apply_fn, params, batches, labels, golden, nan, memory)
         activated = faults.activated(params)
         provenance = {
             **_fingerprint(params, images, labels),
+            "network_sha256": digest(network),
             "engine": engine,
             "precision": precision,
             "batch_size": batches.shape[1],

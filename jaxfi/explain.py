@@ -106,7 +106,7 @@ def _cost(network: Network, plan: LeafPlan, num_faults: int) -> LeafCost:
         method=plan.method,
         reason=plan.reason,
         num_faults=num_faults,
-        columns=columns_arithmetic(network, plan) / plan.num_columns / whole,
+        columns=columns_arithmetic(network, plan) / max(1, plan.num_columns) / whole,
         suffix=suffix_arithmetic(network, plan) / whole,
         golden_bytes=sum(leaf_bytes(network, var) for var in plan.inputs),
     )

@@ -190,7 +190,9 @@ class FaultList:
         return dataclasses.replace(self, **columns)
 
     def __add__(self, other: FaultList) -> FaultList:
-        """Both lists, of the same parameters, one after the other."""
+        """Both lists, of the same parameters, one after the other; ValueError for others."""
+        if self._leaves() != other._leaves():
+            raise ValueError("the fault lists are for different parameters: allowed are the same")
         columns = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS}
         return dataclasses.replace(self, **columns)
 

@@ -15,6 +15,8 @@ stores it or rounds it the same: `is_boundary` says where. Everything else is co
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -100,6 +102,24 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
         producers={var: equation for equation in equations for var in equation.outvars},
         consumers={var: tuple(equations) for var, equations in consumers.items()},
     )
+
+
+def digest(network: Network) -> str:
+    """SHA-256 of what the network computes: operations, shapes, plain settings and constants."""
+    hashed = hashlib.sha256()
+    for equation in network.equations:
+        plain = {
+            k: v for k, v in equation.params.items() if isinstance(v, (int, float, str, tuple))
+        }
+        operands = [
+            str(v.val) if isinstance(v, core.Literal) else v.aval.str_short()
+            for v in equation.invars
+        ]
+        hashed.update(repr((equation.primitive.name, sorted(plain), operands)).encode())
+        hashed.update(re.sub("0x[0-9a-f]+", "", repr(sorted(plain.items()))).encode())
+    for value in network.given.values():
+        hashed.update(np.asarray(value).tobytes())
+    return hashed.hexdigest()
 
 
 def variables(values: Iterable[Value]) -> list[core.Var]:

@@ -59,11 +59,11 @@ def interrupt_after(monkeypatch, blocks: int) -> list[int]:
     """Lets `blocks` blocks finish, then raises; the returned list counts the faults that ran."""
     run_block, ran = campaign._checked_block, []
 
-    def counted(run, setup, faults, *rest):
+    def counted(run, setup, rows, **rest):
         if len(ran) == blocks:
             raise Interrupted
-        ran.append(len(faults))
-        return run_block(run, setup, faults, *rest)
+        ran.append(len(rows))
+        return run_block(run, setup, rows, **rest)
 
     monkeypatch.setattr(campaign, "_FAULTS_PER_BLOCK", 4)
     monkeypatch.setattr(campaign, "_checked_block", counted)
@@ -127,9 +127,9 @@ from jaxfi import campaign, run_campaign
 from tests.test_campaign import arguments
 campaign._FAULTS_PER_BLOCK = 4
 run_block = campaign._checked_block
-def told(*given):
+def told(*given, **named):
     print("block", flush=True)
-    return run_block(*given)
+    return run_block(*given, **named)
 campaign._checked_block = told
 run_campaign(**arguments(), workdir=sys.argv[1])
 """
@@ -245,7 +245,7 @@ def torch_predictions(model, images, faults, positions) -> tuple[np.ndarray, np.
 
 
 @pytest.mark.parametrize(
-    "num_faults, num_images", [(30, 20), pytest.param(200, 100, marks=pytest.mark.slow)]
+    "num_faults, num_images", [(60, 20), pytest.param(200, 100, marks=pytest.mark.slow)]
 )
 def test_lenet_outcomes_are_those_of_a_pytorch_rerun(num_faults: int, num_images: int) -> None:
     torch.manual_seed(0)
