@@ -18,7 +18,7 @@ from jaxfi.faults import BIT_MODELS
 from jaxfi.files import write_whole, writing
 from jaxfi.models import MODELS
 from jaxfi.outcomes import NAN_POLICIES
-from jaxfi.sampling import STUCK_AT
+from jaxfi.sampling import STUCK_AT, sample_size
 from jaxfi.training.config import TrainConfig
 
 CONFIG_FILE = "config.json"
@@ -69,6 +69,7 @@ class Config:
         for name in _COUNTS:
             self._require(name, getattr(self, name) >= 0, "integers >= 0")
         self._require("campaign_batch_size", self.campaign_batch_size >= 1, "integers >= 1")
+        sample_size(1, self.margin, self.t, self.p)  # raises for those out of range
         self.training(self.alpha).validate()
 
     def training(self, alpha: float) -> TrainConfig:
