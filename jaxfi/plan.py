@@ -14,7 +14,7 @@ and says why where it cannot ("slice": the suffix alone, one fault at a time).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -250,14 +250,18 @@ class _Columns:
         takes: tuple[int | None, ...],
     ) -> bool:
         wanted = [a if a is not None else take for a, take in zip(axes, takes, strict=True)]
-        for value, found, take in zip(equation.invars, axes, takes, strict=True):
-            if isinstance(value, core.Literal) or found is not None:
+        return self._add_step(equation, wanted)
+
+    def _add_step(self, equation: core.JaxprEqn, axes: Sequence[int | None]) -> bool:
+        """Adds an equation whose operands are columns along `axes`, golden where that is None."""
+        for value, axis in zip(equation.invars, axes, strict=True):
+            if isinstance(value, core.Literal):
                 continue
-            if take is None:
+            if axis is None:
                 self.golden.append(value)
-            elif not self._pull(value, take):
+            elif not self._pull(value, axis):
                 return False
-        self.steps.append(Step(equation, tuple(a is not None for a in wanted)))
+        self.steps.append(Step(equation, tuple(axis is not None for axis in axes)))
         return True
 
     def _pull(self, var: core.Var, axis: int) -> bool:
@@ -271,16 +275,8 @@ class _Columns:
             return True
         equation = self.network.producers[var]
         axes = operand_axes(equation, axis)
-        if axes is None:
+        if axes is None or not self._add_step(equation, axes):
             return False
-        for value, operand_axis in zip(equation.invars, axes, strict=True):
-            if isinstance(value, core.Literal):
-                continue
-            if operand_axis is None:
-                self.golden.append(value)
-            elif not self._pull(value, operand_axis):
-                return False
-        self.steps.append(Step(equation, tuple(a is not None for a in axes)))
         self.pulled[var] = axis
         return True
 
