@@ -16,7 +16,7 @@ from rich.table import Table
 
 from jaxfi.campaign import Campaign
 from jaxfi.convert import ResultTable
-from jaxfi.faults import FaultList
+from jaxfi.fault_list import FaultList
 from jaxfi.files import write_whole
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL, Estimate, shares
 

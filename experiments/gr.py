@@ -31,7 +31,8 @@ from experiments.config import (
 )
 from jaxfi.campaign import Campaign, NotReproducible, run_campaign
 from jaxfi.data import Dataset, load_dataset, normalise
-from jaxfi.faults import FaultList, PyTree
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import PyTree
 from jaxfi.models import MODELS
 from jaxfi.outcomes import paired_difference
 from jaxfi.report import figures, tables

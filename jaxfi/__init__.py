@@ -3,7 +3,8 @@
 from jaxfi.arithmetic import with_arithmetic
 from jaxfi.campaign import Campaign, NotReproducible, load_campaign, run_campaign
 from jaxfi.explain import explain
-from jaxfi.faults import FAULT_MODELS, Fault, FaultList, corrupt, inject, leaf_paths
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import FAULT_MODELS, Fault, corrupt, inject, leaf_paths
 from jaxfi.outcomes import (
     CRITICAL,
     MASKED,

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from jaxfi.engine import ENGINES, Engine, Setup, golden_run
 from jaxfi.explain import explain, plan_text
-from jaxfi.faults import FaultList, PyTree
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import PyTree
 from jaxfi.outcomes import (
     MASKED,
     Rates,

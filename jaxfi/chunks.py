@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxfi.faults import BIT_MODELS, FAULT_MODELS, FaultList
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import BIT_MODELS, FAULT_MODELS
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL, Results
 
 SCHEMA = pa.schema(

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxfi.faults import FAULT_MODELS, Fault, FaultList, PyTree, corrupt, inject, to_words
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import FAULT_MODELS, Fault, PyTree, corrupt, inject, to_words
 from jaxfi.outcomes import Results, judge
 from jaxfi.plan import LeafPlan, leaf_bytes, plan_leaves
 from jaxfi.slicing import ApplyFn, Network, bind, evaluate, read, trace_network

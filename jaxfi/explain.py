@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxfi.faults import FaultList, PyTree
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import PyTree
 from jaxfi.plan import (
     LeafPlan,
     columns_arithmetic,

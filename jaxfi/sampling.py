@@ -16,15 +16,9 @@ from itertools import groupby
 import jax
 import numpy as np
 
-from jaxfi.faults import (
-    BIT_MODELS,
-    FAULT_MODELS,
-    FaultList,
-    PyTree,
-    checked_model,
-    checked_value,
-    word_bits,
-)
+from jaxfi.fault_list import FaultList
+from jaxfi.fault_sites import checked_model, checked_value
+from jaxfi.faults import BIT_MODELS, FAULT_MODELS, PyTree, word_bits
 
 STRATA = ("layer", "network", "bit")
 STUCK_AT = "stuck-at"  # both polarities, drawn with equal chance

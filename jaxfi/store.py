@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxfi.chunks import decode_chunk, encode_chunk, packed_bytes
-from jaxfi.faults import FaultList
+from jaxfi.fault_list import FaultList
 from jaxfi.files import (
     content_hash,
     damaged,

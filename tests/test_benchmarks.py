@@ -12,7 +12,7 @@ import torch
 from absl import flags
 
 from experiments.benchmarks import engine, sides
-from jaxfi.faults import FaultList
+from jaxfi.fault_list import FaultList
 from tests.torch_models import TORCH_MODELS
 
 FIXED_FIELDS = {

@@ -24,7 +24,8 @@ from jaxfi.convert import (
     write_fault_list,
     write_results,
 )
-from jaxfi.faults import FaultList, leaf_paths
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import leaf_paths
 from jaxfi.models import MODELS
 from tests.torch_models import TORCH_MODELS
 

@@ -19,17 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfi.faults import (
-    BIT_MODELS,
-    FAULT_MODELS,
-    Fault,
-    FaultList,
-    corrupt,
-    inject,
-    leaf_paths,
-    parse_index,
-    word_bits,
-)
+from jaxfi.fault_list import FaultList
+from jaxfi.fault_sites import parse_index
+from jaxfi.faults import BIT_MODELS, FAULT_MODELS, Fault, corrupt, inject, leaf_paths, word_bits
 
 # struct's own format of each dtype; struct knows no bfloat16, which is the upper half of a float.
 STRUCT_FORMATS = {

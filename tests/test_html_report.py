@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from jaxfi.campaign import Campaign, load_campaign
-from jaxfi.faults import FaultList
+from jaxfi.fault_list import FaultList
 from jaxfi.outcomes import CRITICAL, MASKED
 from jaxfi.report import __main__ as command
 from jaxfi.report import coverage, heatmap

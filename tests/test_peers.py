@@ -11,7 +11,7 @@ import torch
 
 from experiments.benchmarks import peers
 from experiments.benchmarks.peer_tools import TOOLS, TorchFault, installed_tools
-from jaxfi.faults import FaultList
+from jaxfi.fault_list import FaultList
 from jaxfi.models import MODELS
 from jaxfi.outcomes import classify
 from tests.torch_models import TORCH_MODELS

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from jaxfi.campaign import Campaign
-from jaxfi.faults import FaultList
+from jaxfi.fault_list import FaultList
 from jaxfi.outcomes import Estimate
 from jaxfi.report import figures, shares, tables
 

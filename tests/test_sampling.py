@@ -15,7 +15,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfi.faults import FAULT_MODELS, FaultList
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import FAULT_MODELS
 from jaxfi.sampling import exhaustive_faults, fault_population, sample_faults, sample_size
 
 # Table 1 of Investigating on Gradient Regularization for Testing Neural Networks (LOD 2024):

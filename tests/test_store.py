@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from jaxfi import store as store_module
 from jaxfi.chunks import pack_outcomes, unpack_outcomes
-from jaxfi.faults import FaultList
+from jaxfi.fault_list import FaultList
 from jaxfi.files import content_hash, read_npz, to_npz
 from jaxfi.outcomes import Results
 from jaxfi.sampling import sample_faults

@@ -46,7 +46,7 @@ from experiments.config import parse_flags
 from jaxfi.campaign import PRECISIONS, NotReproducible
 from jaxfi.data import DATASETS
 from jaxfi.engine import compiled
-from jaxfi.faults import FaultList
+from jaxfi.fault_list import FaultList
 from jaxfi.files import write_whole
 from jaxfi.outcomes import CRITICAL
 from jaxfi.sampling import fault_population, sample_faults, sample_size

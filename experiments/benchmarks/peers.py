@@ -34,7 +34,8 @@ from experiments.ground_truth import Subject, load_subject
 from jaxfi.campaign import NotReproducible, run_campaign
 from jaxfi.convert import FLATTENED, load_state, read_fault_list
 from jaxfi.convert.layout import to_torch_layout, torch_name
-from jaxfi.faults import FaultList, inject
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import inject
 from jaxfi.files import write_whole
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL
 from tests.torch_models import TORCH_MODELS

@@ -22,7 +22,8 @@ from jaxfi.checkpoint import load_variables
 from jaxfi.convert import FLATTENED, from_torch, load_state, to_torch
 from jaxfi.convert.layout import to_torch_layout, torch_name
 from jaxfi.data import load_dataset, normalise
-from jaxfi.faults import FaultList, PyTree, inject
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import PyTree, inject
 from jaxfi.models import MODELS
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL
 from tests.torch_models import TORCH_MODELS

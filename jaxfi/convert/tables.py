@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxfi.convert.layout import FLATTENED, to_torch_layout, torch_leaves, torch_name
-from jaxfi.faults import BIT_MODELS, FAULT_MODELS, FaultList, parse_index, word_bits
+from jaxfi.fault_list import FaultList
+from jaxfi.fault_sites import parse_index
+from jaxfi.faults import BIT_MODELS, FAULT_MODELS, word_bits
 
 PyTree = Any
 Path = str | os.PathLike

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from jaxfi.campaign import Campaign
-from jaxfi.faults import FaultList, word_bits
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import word_bits
 from jaxfi.outcomes import per_fault_shares
 from jaxfi.report.figures import _style
 from jaxfi.report.page import literal

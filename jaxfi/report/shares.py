@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.campaign import Campaign
-from jaxfi.faults import FaultList, word_bits
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import word_bits
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL, Estimate, estimate_rate, shares
 
 
