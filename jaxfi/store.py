@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ _CAMPAIGN_FILE = "campaign.json"
 _FAULTS_NAME = re.compile(r"faults-[0-9a-f]{32}\.npz")
 _CHUNK_NAME = re.compile(r"faults-\d{9,}-\d{9,}-[0-9a-f]{32}\.parquet")
 _LIST_COLUMNS = ("leaf", "element", "bit", "model", "value")
+_LOOK_EVERY = 0.1  # seconds
 _MERGED_BYTES = 2**26  # of packed outcomes in one merged chunk, before compression
 
 
@@ -124,6 +126,16 @@ class Store:
 
         Raises ValueError if faults are missing, or naming a file that is damaged or foreign.
         """
+        while True:
+            try:
+                return self._read_once()
+            except FileNotFoundError as error:
+                if not (self.directory / "results").is_dir():
+                    raise error
+                # Process 0 has just merged it: its name is gone, at last on a file server too.
+                time.sleep(_LOOK_EVERY)
+
+    def _read_once(self) -> Results:
         shape = len(self.faults), self.num_images
         outcomes, due = np.zeros(shape, np.uint8), np.zeros(shape, bool)
         results = Results(outcomes, due, np.full(len(self.faults), -1, np.int32))

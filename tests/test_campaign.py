@@ -57,16 +57,16 @@ class Interrupted(Exception):
 
 def interrupt_after(monkeypatch, blocks: int) -> list[int]:
     """Lets `blocks` blocks finish, then raises; the returned list counts the faults that ran."""
-    run_block, ran = campaign._checked_block, []
+    run_block, ran = campaign.run_checked, []
 
-    def counted(run, setup, rows, **rest):
+    def counted(worker, rows, advance, **rest):
         if len(ran) == blocks:
             raise Interrupted
         ran.append(len(rows))
-        return run_block(run, setup, rows, **rest)
+        return run_block(worker, rows, advance, **rest)
 
     monkeypatch.setattr(campaign, "_FAULTS_PER_BLOCK", 4)
-    monkeypatch.setattr(campaign, "_checked_block", counted)
+    monkeypatch.setattr(campaign, "run_checked", counted)
     return ran
 
 
@@ -126,11 +126,11 @@ import sys
 from jaxfi import campaign, run_campaign
 from tests.test_campaign import arguments
 campaign._FAULTS_PER_BLOCK = 4
-run_block = campaign._checked_block
+run_block = campaign.run_checked
 def told(*given, **named):
     print("block", flush=True)
     return run_block(*given, **named)
-campaign._checked_block = told
+campaign.run_checked = told
 run_campaign(**arguments(), workdir=sys.argv[1])
 """
 
