@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 
@@ -16,6 +17,7 @@ from jaxfi.campaign import Campaign
 from jaxfi.fault_list import FaultList
 from jaxfi.outcomes import Estimate
 from jaxfi.report import figures, shares, tables
+from jaxfi.sampling import exhaustive_faults
 
 ISSUE_COLUMNS = (
     "dataset,model,loss,optimizer,epochs,alpha,clean_acc,faulty_acc,masked,non_critical,critical,"
@@ -151,6 +153,21 @@ def test_shares_by_bit_and_layer_are_the_counts(campaigns):
     assert [(part.name, part.num_faults) for part in by_layer] == [("dense", 32), ("conv1", 64)]
     rows = campaign.faults.leaf == 2  # dense/kernel is last in tree order
     assert by_layer[0].masked.value == pytest.approx((campaign.outcomes[rows] == 0).mean())
+
+
+def test_parts_of_a_census_have_no_interval(campaigns):
+    """Every fault of two bits of two leaves: nothing was left to chance, in any part."""
+    faults = exhaustive_faults(PARAMS, paths="conv1/*", bits=[30, 31])
+    some = next(iter(campaigns.values()))
+    draw = np.random.default_rng(0).integers(0, 3, (len(faults), 8)).astype(np.uint8)
+    whole = dataclasses.replace(
+        some, faults=faults, outcomes=draw, due=draw > 9, correct=draw.sum(1).astype(np.int32)
+    )
+    parts = [*shares.shares_by_bit(whole), *shares.shares_by_layer(whole)]
+    assert [part.name for part in parts] == ["31", "30", "conv1"]
+    for part in parts:
+        assert part.critical.low == part.critical.value == part.critical.high
+    assert whole.rates().masked.low == whole.rates().masked.high
 
 
 def test_shares_by_bit_needs_bits():
