@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxfi.files import write_whole
+from jaxfi.files import write_csv
 
 
 class EpochRecord(NamedTuple):
@@ -68,11 +66,7 @@ def weight_statistics(params: Any) -> WeightStatistics:
 
 def write_history(history: Sequence[EpochRecord], workdir: Path) -> None:
     """Writes `workdir`/training.csv, whole."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(EpochRecord._fields)
-    writer.writerows(history)
-    write_whole(workdir / "training.csv", text.getvalue().encode())
+    write_csv(workdir / "training.csv", EpochRecord._fields, history)
 
 
 def write_tensorboard(history: Sequence[EpochRecord], workdir: Path) -> None:

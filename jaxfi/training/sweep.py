@@ -195,8 +195,10 @@ class _Sweep:
         if len(set(seeds)) == 1:
             return epoch_batches(self.train_set, seeds[0], epoch)
         own = [epoch_batches(self.train_set, seed, epoch) for seed in seeds]
-        orders, keys = (jnp.stack(parts) for parts in zip(*(b[2:] for b in own), strict=True))
-        return Batches(*self.train_set, orders, keys)
+        return own[0]._replace(
+            order=jnp.stack([batches.order for batches in own]),
+            key=jnp.stack([batches.key for batches in own]),
+        )
 
     def to_the_end(
         self,
