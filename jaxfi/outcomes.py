@@ -126,7 +126,7 @@ def classify(
 def accuracy(outputs: np.ndarray, labels: np.ndarray, nan: str) -> float:
     """Share of outputs [N, classes] that predict their label; `nan` as in `judge`."""
     with _own_precision(outputs):
-        return float(np.mean(judge(outputs, outputs, labels, nan).correct))
+        return float(np.mean(np.asarray(judge(outputs, outputs, labels, nan).correct)))
 
 
 def _own_precision(*outputs: Any) -> contextlib.AbstractContextManager:
