@@ -27,7 +27,9 @@ from jaxfi.ledger import Ledger, MemoryLedger, open_directory
 from jaxfi.outcomes import (
     Rates,
     Results,
+    accuracy,
     checked_nan_policy,
+    checked_population,
     estimate_rate,
     judge,
     per_fault_shares,
@@ -82,7 +84,7 @@ class Campaign:
     @property
     def clean_accuracy(self) -> float:
         """Share of images that the fault-free network predicts correctly."""
-        return float(np.mean(np.asarray(jnp.argmax(self.golden, axis=-1)) == self.labels))
+        return accuracy(self.golden, self.labels, self.provenance["nan"])
 
     @property
     def faulty_accuracy(self) -> float:
@@ -93,13 +95,12 @@ class Campaign:
         """Rates with intervals that take each fault as one cluster of images.
 
         Args:
-          population: possible faults; default all single faults of the parameters.
+          population: possible faults; default those that the list was drawn from.
           t: cut-off of the normal distribution; 2.58 is 99 % confidence.
         """
         if population is None:
             population = self.faults.population
-        if population < len(self.faults):
-            raise ValueError(f"population {population} is less than the {len(self.faults)} faults")
+        checked_population(population, len(self.faults))
         if not 0 < t < float("inf"):
             raise ValueError(f"t {t} is out of range: allowed is t > 0")
         num_images = self.outcomes.shape[1]
@@ -160,8 +161,7 @@ def run_campaign(
     _check_choices(engine, precision, nan, seed)
     images, labels = _checked_images(images, labels)
     batches = _batched(images, batch_size)
-    faults.validate(params)
-    faults.check()
+    faults.check_injectable(params)
     devices = _checked_devices(devices, workdir)
     with jax.default_matmul_precision(precision), jax.default_device(devices[0]):
         shape = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
