@@ -25,13 +25,14 @@ CONFIG_FILE = "config.json"
 FAULT_MODELS = (*BIT_MODELS, STUCK_AT, "zero")
 
 
-def _setting(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _setting(default: Any, help: str, decides: bool = True) -> Any:
+    """A field; one that does not decide the result may differ when a folder is continued."""
+    return dataclasses.field(default=default, metadata={"help": help, "decides": decides})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides the result; each field is a flag of the same name."""
+    """Everything that can be set; each field is a flag of the same name."""
 
     dataset: str = _setting("digits", "digits, mnist or cifar10.")
     model: str = _setting("lenet", "Network: a name in jaxfi.models.MODELS.")
@@ -59,7 +60,9 @@ class Config:
     engine: str = _setting("fast", "Campaign engine: fast, reference or vmap.")
     precision: str = _setting("highest", "Matmul and convolution precision of the campaign.")
     campaign_batch_size: int = _setting(100, "Images per batch of the campaign.")
-    memory_budget: int = _setting(0, "Device bytes the campaign may use; 0 is 70 % of it.")
+    memory_budget: int = _setting(
+        0, "Device bytes the campaign may use; 0 is 70 % of it.", decides=False
+    )
     seed: int = _setting(0, "Seed of initialisation, batches, dropout, augmentation and faults.")
 
     def validate(self) -> None:
@@ -69,6 +72,9 @@ class Config:
         for name in _COUNTS:
             self._require(name, getattr(self, name) >= 0, "integers >= 0")
         self._require("campaign_batch_size", self.campaign_batch_size >= 1, "integers >= 1")
+        # JAX takes the low 32 bits: a larger seed would be another one in disguise.
+        self._require("seed", 0 <= self.seed < 2**32, "integers >= 0 and < 2**32")
+        self._require_one_source_of_faults()
         sample_size(1, self.margin, self.t, self.p)  # raises for those out of range
         self.training(self.alpha).validate()
 
@@ -78,6 +84,15 @@ class Config:
         settings = {name: value for name, value in vars(self).items() if name in names}
         augment = AffineRanges() if self.augment else None
         return TrainConfig(alpha=alpha, augment=augment, **settings)
+
+    def _require_one_source_of_faults(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if self.fault_list and field.name in _OF_A_SAMPLE and value != field.default:
+                raise ValueError(
+                    f"fault_list is {self.fault_list!r} and {field.name} is {value!r}: a list says "
+                    f"all of its faults; with it, {field.name} must be {field.default!r}"
+                )
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
@@ -92,6 +107,7 @@ _NAMES = {
     "engine": ENGINES,
     "precision": PRECISIONS,
 }
+_OF_A_SAMPLE = ("margin", "p", "num_faults", "fault_model")
 _COUNTS = ("num_train_images", "num_faults", "num_images", "memory_budget")
 
 
@@ -127,7 +143,10 @@ def config_from_flags(values: flags.FlagValues) -> Config:
 
 
 def check_same_config(config: Config, workdir: Path) -> None:
-    """Raises ValueError naming each difference if `workdir` belongs to another configuration."""
+    """Raises ValueError naming each difference if `workdir` belongs to another configuration.
+
+    Settings that cannot change a result are not compared.
+    """
     path = workdir / CONFIG_FILE
     if not path.exists():
         return
@@ -138,10 +157,11 @@ def check_same_config(config: Config, workdir: Path) -> None:
         message = f"{path} is not a configuration: delete it or take another --workdir"
         raise ValueError(message) from None
     wanted = dataclasses.asdict(config)
+    free = [f.name for f in dataclasses.fields(config) if not f.metadata.get("decides", True)]
     differences = [
         f"{name} is {stored.get(name)!r} there and {wanted.get(name)!r} here"
         for name in wanted | stored
-        if stored.get(name) != wanted.get(name)
+        if name not in free and stored.get(name) != wanted.get(name)
     ]
     if differences:
         raise ValueError(f"{workdir} holds another configuration: {'; '.join(differences)}")
