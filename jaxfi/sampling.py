@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxfi.fault_list import FaultList, Stratum
-from jaxfi.fault_sites import checked_model, checked_value
+from jaxfi.fault_sites import checked_integer, checked_model, checked_value
 from jaxfi.faults import BIT_MODELS, FAULT_MODELS, PyTree, word_bits
 
 STRATA = ("layer", "network", "bit")
@@ -101,7 +100,7 @@ def sample_faults(
     """
     if by not in STRATA:
         raise ValueError(f"cannot sample by {by!r}: allowed are {', '.join(STRATA)}")
-    num_faults = _integer("num_faults", num_faults)
+    num_faults = checked_integer("num_faults", num_faults)
     empty, leaves = _selected_leaves(params, model, paths, bits)
     value = _checked_value(value, model, empty, leaves)
     counts = _site_counts(empty, leaves, model)
@@ -182,14 +181,7 @@ def _allowed_bits(path: str, dtype: str, model: str, bits: Sequence[int] | None)
 def _checked_bits(bits: Any) -> list[int]:
     if isinstance(bits, str) or not isinstance(bits, Iterable):
         raise TypeError(f"bits is {bits!r}: allowed are several integers, as in bits=[30, 31]")
-    return sorted({_integer("bit", bit) for bit in bits})
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} {value!r} is not an integer") from None
+    return sorted({checked_integer("bit", bit) for bit in bits})
 
 
 def _strata(paths: tuple[str, ...], leaves: _Stratum, by: str) -> list[_Stratum]:
