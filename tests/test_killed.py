@@ -107,11 +107,11 @@ def test_a_job_reports_what_one_process_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_the_experiment_stops_at_once_whatever_it_does(tmp_path: Path, stop: int) -> None:
     generator = random.Random(stop)
-    for _ in range(3):
+    for workdir in (tmp_path / "first", tmp_path / "second"):
         child = subprocess.Popen(
-            command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+            command(workdir), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         )
-        while not (tmp_path / "config.json").exists():
+        while not (workdir / "config.json").exists():
             time.sleep(0.1)
         time.sleep(generator.uniform(3, 12))  # compiling or training, most of the time
         child.send_signal(stop)
