@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxfi.engine import ENGINES, Engine, Setup, golden_run
+from jaxfi.engine import ENGINES, Engine
 from jaxfi.explain import explain, plan_text
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
+from jaxfi.golden import Setup, golden_run, network_function
 from jaxfi.outcomes import (
     MASKED,
     Rates,
@@ -38,7 +39,7 @@ from jaxfi.store import Store, load, open_store
 
 PRECISIONS = ("highest", "high", "default")
 _FAULTS_PER_BLOCK = 2048  # saved together; the results do not depend on it
-_FAULTS_PER_NULL = 64
+_FAULTS_PER_NULL = 128
 
 
 class NotReproducible(RuntimeError):
@@ -175,9 +176,10 @@ def run_campaign(
         params = jax.tree.map(jnp.asarray, params)
         devices = tuple(devices or _default_devices())
         with jax.default_device(devices[0]):
-            golden = golden_run(apply_fn, params, batches, len(images))
+            function = network_function(network, apply_fn)
+            golden = golden_run(function, params, batches, len(images))
         memory = (memory_budget or _default_budget()) // (4 * len(devices))
-        setup = Setup(apply_fn, params, batches, labels, golden, nan, memory)
+        setup = Setup(network, function, params, batches, labels, golden, nan, memory)
         activated = faults.activated(params)
         provenance = {
             **_fingerprint(params, images, labels),
