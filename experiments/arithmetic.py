@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments.config import check_same_config, claim_workdir, parse_flags
-from experiments.ground_truth import check_arithmetic, load_subject
-from jaxfi.campaign import Campaign, NotReproducible, run_campaign
+from experiments.published_network import (
+    NetworkSettings,
+    check_arithmetic,
+    define_network_flags,
+    given_settings,
+    load_subject,
+    run_command,
+)
+from jaxfi.campaign import Campaign, run_campaign
 from jaxfi.files import write_whole
 from jaxfi.report.by_arithmetic import masked_beyond, masked_by_arithmetic
 from jaxfi.report.figures import save_figure
@@ -37,58 +41,33 @@ COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(NetworkSettings):
     """Everything that decides the result; the flags have the same names and say what they mean."""
 
-    network: str
-    weights: str
-    dataset: str
-    mean: list[float]
-    std: list[float]
     arithmetics: list[str]
     paths: str
-    num_faults: int
-    num_images: int
-    jpeg_quality: int
-    nan: str
-    engine: str
-    batch_size: int
-    seed: int
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of `Settings`, and --workdir."""
-    text: Any = functools.partial(flags.DEFINE_string, flag_values=values)
-    number: Any = functools.partial(flags.DEFINE_integer, flag_values=values)
-    choice: Any = functools.partial(flags.DEFINE_enum, flag_values=values)
-    several: Any = functools.partial(flags.DEFINE_list, flag_values=values)
-    text("workdir", None, "Folder of the results; the same again continues.")
-    text("weights", None, "PyTorch state dict of the network: .npz, .safetensors or .pt.")
-    text("network", "resnet20", "Network: a name in jaxfi.models.MODELS.")
-    text("dataset", "cifar10", "Its test images are used: digits, mnist or cifar10.")
-    several("mean", ["0.4914", "0.4822", "0.4465"], "Of pixels in [0, 1], per channel.")
-    several("std", ["0.2023", "0.1994", "0.2010"], "Of pixels in [0, 1], per channel.")
-    several("arithmetics", ["float32", "tf32", "bfloat16"], "The first is compared with.")
-    text("paths", "*", "Pattern of the leaves that get faults: layer3/*.")
-    number("num_faults", 640, "Faults, equally many of each bit position.", 32)
-    number("num_images", 0, "Test images, the first ones; 0 is all.", 0)
-    number("jpeg_quality", 0, "Compress the images again at this quality; 0: do not.", 0, 95)
-    choice("nan", "argmax", ("argmax", "critical"), "What a NaN output counts as.")
-    choice("engine", "fast", ("fast", "reference", "vmap"), "Campaign engine.")
-    number("batch_size", 100, "Images per batch.", 1)
-    number("seed", 0, "Seed of the faults.")
+    define_network_flags(values)
+    flags.DEFINE_list(
+        "arithmetics",
+        ["float32", "tf32", "bfloat16"],
+        "The first is compared with.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "paths", "*", "Pattern of the leaves that get faults: layer3/*.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "num_faults", 640, "Faults, equally many of each bit position.", 32, flag_values=values
+    )
 
 
 def settings_from_flags(values: flags.FlagValues) -> Settings:
     """Raises ValueError for a missing file name or numbers that are none."""
-    given: dict[str, Any] = {
-        field.name: values[field.name].value for field in dataclasses.fields(Settings)
-    }
-    if not given["weights"]:
-        raise ValueError("--weights is missing: give the network's state dict")
-    for name in ("mean", "std"):
-        given[name] = [float(number) for number in given[name]]
-    return Settings(**given)
+    return Settings(**given_settings(Settings, values, ("weights",)))
 
 
 def run(settings: Settings, workdir: Path) -> dict[str, Campaign]:
@@ -153,15 +132,7 @@ def print_summary(campaigns: Mapping[str, Campaign], note: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if not flags.FLAGS.workdir:
-            raise ValueError("--workdir is missing: give the folder for the results")
-        run(settings_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
-    except (ValueError, TypeError, OSError, NotReproducible) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    run_command(argv, lambda values, workdir: run(settings_from_flags(values), workdir))
 
 
 if __name__ == "__main__":

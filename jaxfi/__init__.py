@@ -1,5 +1,6 @@
 """Fault injection and gradient regularization for JAX."""
 
+from jaxfi.adaptive import AdaptiveCampaign, run_sequential, run_stratified
 from jaxfi.arithmetic import with_arithmetic
 from jaxfi.campaign import Campaign, NotReproducible, load_campaign, run_campaign
 from jaxfi.explain import explain
@@ -21,6 +22,7 @@ __all__ = [
     "FAULT_MODELS",
     "MASKED",
     "NON_CRITICAL",
+    "AdaptiveCampaign",
     "Campaign",
     "Estimate",
     "Fault",
@@ -37,6 +39,8 @@ __all__ = [
     "load_campaign",
     "paired_difference",
     "run_campaign",
+    "run_sequential",
+    "run_stratified",
     "sample_faults",
     "sample_size",
     "with_arithmetic",

@@ -23,7 +23,7 @@ from jaxfi.slicing import ApplyFn, Network, bind, read, trace_network, variables
 Rounding = Callable[[jax.Array], jax.Array]
 
 _MATRIX_UNIT = ("conv_general_dilated", "dot_general")
-_IMAGES = -1  # stands among leaf numbers for "depends on the images"
+IMAGES = -1  # stands among leaf numbers for "depends on the images"
 # Below 2**-14, float16 has steps of 2**-24 and lax.reduce_precision(x, 5, 10) gives 0.
 _FLOAT16_SMALLEST_NORMAL, _FLOAT16_STEPS = 2.0**-14, 2.0**24
 
@@ -135,7 +135,7 @@ def _run(
     patterns: Mapping[str, str],
 ) -> jax.Array:
     env = {**network.given, **dict(zip(network.leaves, leaves, strict=True)), network.image: images}
-    sources = _sources(network)
+    sources = leaf_sources(network)
     for equation in network.equations:
         operands = [read(env, value) for value in equation.invars]
         rounding = _rounding(equation, sources, entries, patterns)
@@ -145,10 +145,10 @@ def _run(
     return read(env, network.output)
 
 
-def _sources(network: Network) -> dict[core.Var, frozenset[int]]:
-    """The leaves (by number) that each variable is computed from, and `_IMAGES`."""
+def leaf_sources(network: Network) -> dict[core.Var, frozenset[int]]:
+    """The leaves (by number) that each variable is computed from, and `IMAGES`."""
     sources = {var: frozenset({number}) for number, var in enumerate(network.leaves)}
-    sources[network.image] = frozenset({_IMAGES})
+    sources[network.image] = frozenset({IMAGES})
     for equation in network.equations:
         operands = [sources.get(var, frozenset()) for var in variables(equation.invars)]
         sources.update(dict.fromkeys(equation.outvars, frozenset().union(*operands)))
@@ -170,7 +170,7 @@ def _rounding(
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         return None
     operands = [sources.get(var, frozenset()) for var in variables(equation.invars)]
-    leaves = frozenset().union(*(source for source in operands if _IMAGES not in source))
+    leaves = frozenset().union(*(source for source in operands if IMAGES not in source))
     decided_by = [entries[leaf] for leaf in leaves] if leaves else ["*"]
     entry = next((pattern for pattern in patterns if pattern in decided_by), None)
     return ARITHMETIC[patterns[entry]] if entry is not None else None

@@ -26,7 +26,7 @@ _PLAIN = (((1,), (0,)), ((), ()))  # [B, K] x [K, N]
 
 
 class Blocks(NamedTuple):
-    """How a layer's K inputs are split: seen as [outer, num_blocks, size, inner], block b is [:, b].
+    """How K inputs are split: seen as [outer, num_blocks, size, inner], block b is [:, b].
 
     `size` channels make one block; channel c is in block c // size. Inputs that are flattened
     images [height, width, channels] have outer = height x width and inner = 1.

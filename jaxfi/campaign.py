@@ -8,10 +8,9 @@ import functools
 import hashlib
 import os
 import platform
-import queue
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from typing import Any
 
@@ -20,30 +19,31 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxfi.engine import ENGINES, Engine
+from jaxfi.engine import ENGINES
 from jaxfi.explain import explain, plan_text
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
 from jaxfi.golden import Setup, golden_run, network_function
+from jaxfi.ledger import Ledger, MemoryLedger, open_directory
 from jaxfi.outcomes import (
-    MASKED,
     Rates,
     Results,
+    accuracy,
     checked_nan_policy,
+    checked_population,
     estimate_rate,
     judge,
     per_fault_shares,
 )
 from jaxfi.slicing import ApplyFn, digest, trace_network
-from jaxfi.store import Store, load, open_store
+from jaxfi.store import load
+from jaxfi.workers import NotReproducible, run_blocks, run_checked, split_blocks, start_workers
+
+__all__ = ["ENGINES", "PRECISIONS", "Campaign", "NotReproducible", "load_campaign", "run_campaign"]
 
 PRECISIONS = ("highest", "high", "default")
 _FAULTS_PER_BLOCK = 2048  # saved together; the results do not depend on it
-_FAULTS_PER_NULL = 128
-
-
-class NotReproducible(RuntimeError):
-    """A null fault was not masked: this backend's sums depend on where an image stands."""
+_LOOK_EVERY = 0.5  # seconds between two looks at what the other processes have finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Campaign:
     @property
     def clean_accuracy(self) -> float:
         """Share of images that the fault-free network predicts correctly."""
-        return float(np.mean(np.asarray(jnp.argmax(self.golden, axis=-1)) == self.labels))
+        return accuracy(self.golden, self.labels, self.provenance["nan"])
 
     @property
     def faulty_accuracy(self) -> float:
@@ -96,13 +96,12 @@ class Campaign:
         """Rates with intervals that take each fault as one cluster of images.
 
         Args:
-          population: possible faults; default all single faults of the parameters.
+          population: possible faults; default those that the list was drawn from.
           t: cut-off of the normal distribution; 2.58 is 99 % confidence.
         """
         if population is None:
             population = self.faults.population
-        if population < len(self.faults):
-            raise ValueError(f"population {population} is less than the {len(self.faults)} faults")
+        checked_population(population, len(self.faults))
         if not 0 < t < float("inf"):
             raise ValueError(f"t {t} is out of range: allowed is t > 0")
         num_images = self.outcomes.shape[1]
@@ -142,12 +141,13 @@ def run_campaign(
       engine: "fast", "reference" (one fault at a time), or "vmap".
       batch_size: images per batch. It fixes the shapes, so the last bits: part of the result.
       precision: of matmuls and convolutions: "highest" (float32), "high", "default" (a GPU's TF32).
-      memory_budget: bytes; default 70 % of what the device reports.
+      memory_budget: bytes of each device; default 70 % of what it reports, or of the machine.
       seed: of the null faults that check the run.
-      devices: where to run, blocks of faults dealt to whichever is free; default all local
-        accelerators, or one CPU. The outcomes do not depend on how many.
+      devices: where to run, of one kind and this process's own; default all local accelerators, or
+        one CPU. Blocks of faults go to whichever is free. The outcomes do not depend on how many.
       progress: show a progress bar with rate and ETA.
-      workdir: a directory that keeps finished work; the same campaign there is continued.
+      workdir: a directory that keeps finished work; the same campaign there is continued. The
+        processes of a job (`jaxfi.distributed.join_job`) share it, and each returns the whole.
 
     Raises ValueError or TypeError, before any work, for arguments that do not fit; NotReproducible
     if a null fault is not masked.
@@ -159,30 +159,18 @@ def run_campaign(
     >>> result.outcomes.tolist()
     [[2, 1], [0, 0]]
     """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}: allowed are {', '.join(ENGINES)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
-    checked_nan_policy(nan)
+    _check_choices(engine, precision, nan, seed)
     images, labels = _checked_images(images, labels)
     batches = _batched(images, batch_size)
-    faults.validate(params)
-    faults.check()
-    if seed < 0:
-        raise ValueError(f"seed {seed} is out of range: allowed are integers >= 0")
-    with jax.default_matmul_precision(precision):
+    faults.check_injectable(params)
+    devices = _checked_devices(devices, workdir)
+    with jax.default_matmul_precision(precision), jax.default_device(devices[0]):
         shape = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
         network = trace_network(apply_fn, params, shape)
         params = jax.tree.map(jnp.asarray, params)
-        devices = tuple(devices or _default_devices())
-        with jax.default_device(devices[0]):
-            function = network_function(network, apply_fn)
-            golden = golden_run(function, params, batches, len(images))
-        memory = (memory_budget or _default_budget()) // (4 * len(devices))
-        setup = Setup(network, function, params, batches, labels, golden, nan, memory)
         activated = faults.activated(params)
         provenance = {
-            **_fingerprint(params, images, labels),
+            **_fingerprint(params, images, labels, devices[0]),
             "network_sha256": digest(network),
             "engine": engine,
             "precision": precision,
@@ -191,17 +179,16 @@ def run_campaign(
             "seed": seed,
             "num_not_activated": int(np.count_nonzero(~activated)),
         }
-        with _storage(workdir, provenance, faults, params, golden, labels) as storage:
+        function = network_function(network, apply_fn)
+        golden = golden_run(function, params, batches, len(images))
+        memory = (memory_budget or _default_budget(devices)) // 4
+        setup = Setup(network, function, params, batches, labels, golden, nan, memory)
+        with _open_ledger(workdir, provenance, faults, setup, activated) as ledger:
             if progress and engine == "fast":
                 print(plan_text(explain(apply_fn, params, images, faults, batch_size=batch_size,
                                         precision=precision)), file=sys.stderr)  # fmt: skip
-            todo = storage.todo(activated)
-            with _bar(todo, len(images), progress) as advance:
-                block = functools.partial(_checked_block, faults=faults, seed=seed, advance=advance)
-                blocks = _blocks(faults, todo, len(devices))
-                for done in _on_devices(setup, engine, precision, devices, block, blocks):
-                    storage.write(*done)
-            results = storage.results()
+            _run_unfinished(ledger, setup, engine, devices, faults, activated, seed, progress)
+            results = ledger.results()
     return Campaign(faults, *results, golden, labels, provenance)
 
 
@@ -215,137 +202,78 @@ def load_campaign(directory: str | os.PathLike) -> Campaign:
     return Campaign(stored.faults, *stored.results, golden, labels, stored.fingerprint)
 
 
-class _Memory:
-    """Results kept in memory, for a campaign without a directory."""
-
-    def __init__(self, golden_results: Results, num_faults: int):
-        self._results = Results(*(np.repeat(a, num_faults, axis=0) for a in golden_results))
-        self._finished = np.zeros(num_faults, bool)
-
-    def todo(self, activated: np.ndarray) -> np.ndarray:
-        return np.flatnonzero(activated & ~self._finished)
-
-    def write(self, rows: np.ndarray, results: Results) -> None:
-        for whole, part in zip(self._results, results, strict=True):
-            whole[rows] = part
-        self._finished[rows] = True
-
-    def results(self) -> Results:
-        return self._results
-
-
-class _Directory:
-    """Results kept in a store; faults that are not activated are written at once."""
-
-    def __init__(self, store: Store, golden_results: Results):
-        self._store, self._golden = store, golden_results
-
-    def todo(self, activated: np.ndarray) -> np.ndarray:
-        idle = np.flatnonzero(~activated & ~self._store.finished())
-        if len(idle):
-            self.write(idle, Results(*(np.repeat(a, len(idle), axis=0) for a in self._golden)))
-        return np.flatnonzero(~self._store.finished())
-
-    def write(self, rows: np.ndarray, results: Results) -> None:
-        self._store.write(rows, *results)
-
-    def results(self) -> Results:
-        return self._store.merge()
-
-
 @contextlib.contextmanager
-def _storage(workdir, provenance, faults, params, golden, labels) -> Iterator[Any]:
-    verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, provenance["nan"]))
+def _open_ledger(
+    workdir: str | os.PathLike | None,
+    provenance: dict[str, Any],
+    faults: FaultList,
+    setup: Setup,
+    activated: np.ndarray,
+) -> Iterator[Ledger]:
+    """What is finished; faults that are not activated are from the start, with golden's results."""
+    golden, labels = setup.golden, setup.labels
+    verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, setup.nan))
     correct = np.array([verdict.correct.sum()], np.int32)
     masked = Results(verdict.outcome[None], verdict.due[None], correct)
     if workdir is None:
-        yield _Memory(masked, len(faults))
+        yield MemoryLedger(masked, activated)
         return
-    values = faults.values(params)
-    with open_store(workdir, provenance, faults, len(labels), values=values) as store:
-        store.keep(golden=golden, labels=labels)
-        yield _Directory(store, masked)
+    with open_directory(
+        workdir,
+        provenance,
+        faults,
+        faults.values(setup.params),
+        {"golden": golden, "labels": labels},
+        process_index=jax.process_index(),
+        num_processes=jax.process_count(),
+    ) as ledger:
+        ledger.begin(masked, activated)
+        yield ledger
 
 
-def _blocks(faults: FaultList, rows: np.ndarray, num_devices: int) -> list[np.ndarray]:
-    """Rows that are run and saved together: faults of one leaf, enough blocks for the devices."""
-    size = min(_FAULTS_PER_BLOCK, -(-len(rows) // num_devices) or 1)
-    return [
-        of_leaf[start : start + size]
-        for leaf in np.unique(faults.leaf[rows])
-        for of_leaf in [rows[faults.leaf[rows] == leaf]]
-        for start in range(0, len(of_leaf), size)
-    ]
-
-
-def _on_devices(
+def _run_unfinished(
+    ledger: Ledger,
     setup: Setup,
     engine: str,
-    precision: str,
     devices: Sequence[jax.Device],
-    block: Callable[[Engine, Setup, np.ndarray], Results],
-    blocks: Sequence[np.ndarray],
-) -> Iterator[tuple[np.ndarray, Results]]:
-    """Runs each block on whichever device is free, one thread and one engine a device."""
-    free: queue.SimpleQueue = queue.SimpleQueue()
-    for device in devices:
-        with jax.default_device(device):
-            here = dataclasses.replace(setup, params=jax.device_put(setup.params, device))
-            free.put((device, here, ENGINES[engine](here)))
-
-    def run(rows: np.ndarray) -> tuple[np.ndarray, Results]:
-        device, here, started = free.get()
-        try:
-            with jax.default_device(device), jax.default_matmul_precision(precision):
-                return rows, block(started, here, rows)
-        finally:
-            free.put((device, here, started))
-
-    if len(devices) == 1:
-        yield from map(run, blocks)
-        return
-    pool = ThreadPoolExecutor(len(devices))
-    try:
-        for future in as_completed([pool.submit(run, rows) for rows in blocks]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _checked_block(
-    run: Engine,
-    setup: Setup,
-    rows: np.ndarray,
-    *,
     faults: FaultList,
+    activated: np.ndarray,
     seed: int,
-    advance: Callable[[int], None],
-) -> Results:
-    """Runs a block with null faults at random places in it, which must all be masked."""
-    faults = faults[rows]
-    leaf = int(faults.leaf[0])
-    generator = np.random.default_rng([seed, leaf, int(faults.element[0])])
-    num_null = 1 + len(faults) // _FAULTS_PER_NULL
-    size = int(np.prod(faults.shapes[leaf], dtype=np.int64))
-    mixed = faults + faults.nulls(generator.integers(0, size, num_null))
-    order = generator.permutation(len(mixed))
-    results = run(mixed[order], advance)
-    place = np.argsort(order)
-    if np.any(results.outcomes[place[len(faults) :]] != MASKED):
-        raise NotReproducible(
-            f"a null fault in {faults.paths[leaf]} was not masked on {jax.default_backend()} "
-            f"with batches {setup.batches.shape[1:]}: the output for an image depends on its "
-            "place in the batch, so outcomes would be wrong. Nothing is reported; "
-            "try engine='reference' or another batch_size"
-        )
-    return Results(*(array[place[: len(faults)]] for array in results))
+    progress: bool,
+) -> None:
+    """Runs blocks until none is unfinished, whoever finishes them."""
+    # Of all faults, not only the unfinished: every process must see the same blocks.
+    num_workers = len(devices) * jax.process_count()
+    blocks = split_blocks(faults, np.flatnonzero(activated), _FAULTS_PER_BLOCK, num_workers)
+    run_block = functools.partial(run_checked, faults=faults, seed=seed)
+    unfinished = ledger.unfinished()
+    if not unfinished.any():
+        return
+    workers = start_workers(setup, engine, devices)
+    with _bar(np.count_nonzero(unfinished) * setup.num_images, progress) as advance:
+        while True:
+            blocks_here = ledger.unclaimed(blocks)
+            for rows, results in run_blocks(workers, blocks_here, run_block, advance):
+                ledger.write(rows, results)
+            if not ledger.unfinished().any():
+                return
+            time.sleep(_LOOK_EVERY)  # others work on the rest, or die and leave it
 
 
 @contextlib.contextmanager
-def _bar(todo: np.ndarray, num_images: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    total = len(todo) * num_images
+def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
     with tqdm(total=total, unit=" outcomes", unit_scale=True, disable=not progress) as bar:
         yield lambda count: bar.update(min(count, total - bar.n)) and None
+
+
+def _check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}: allowed are {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
+    checked_nan_policy(nan)
+    if seed < 0:
+        raise ValueError(f"seed {seed} is out of range: allowed are integers >= 0")
 
 
 def _checked_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -370,19 +298,32 @@ def _batched(images: np.ndarray, batch_size: int) -> np.ndarray:
     return padded.reshape(-1, batch_size, *images.shape[1:])
 
 
-def _default_devices() -> list[jax.Device]:
+def _checked_devices(
+    devices: Sequence[jax.Device] | None, workdir: str | os.PathLike | None
+) -> tuple[jax.Device, ...]:
     local = jax.local_devices()
-    return local[:1] if local[0].platform == "cpu" else local
+    devices = tuple(devices or (local[:1] if local[0].platform == "cpu" else local))
+    kinds = sorted({f"{device.platform} {device.device_kind}" for device in devices})
+    if len(kinds) > 1:
+        raise ValueError(f"devices are {' and '.join(kinds)}: allowed is one kind, for equal bits")
+    if any(device.process_index != jax.process_index() for device in devices):
+        raise ValueError("devices are another process's: allowed are jax.local_devices()")
+    if jax.process_count() > 1 and workdir is None:
+        raise ValueError(f"{jax.process_count()} processes need a workdir: they share work there")
+    return devices
 
 
-def _default_budget() -> int:
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(0.7 * statistics.get("bytes_limit", total))
+def _default_budget(devices: Sequence[jax.Device]) -> int:
+    """Bytes of each device; CPU devices share the machine's memory."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+    return int(0.7 * (devices[0].memory_stats() or {}).get("bytes_limit", machine))
 
 
-def _fingerprint(params: PyTree, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    device = jax.local_devices()[0]
+def _fingerprint(
+    params: PyTree, images: np.ndarray, labels: np.ndarray, device: jax.Device
+) -> dict[str, Any]:
+    """What decides the outcomes' bits. NumPy's version does not: it only draws the faults, which
+    are compared themselves, and moves bits."""
     return {
         "params_sha256": _hash(*jax.tree.leaves(params)),
         "images_sha256": _hash(images),
@@ -390,6 +331,7 @@ def _fingerprint(params: PyTree, images: np.ndarray, labels: np.ndarray) -> dict
         "jaxfi": metadata.version("jaxfi"),
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
+        "x64": bool(jax.config.jax_enable_x64),
         "backend": device.platform,
         "device": device.device_kind,
         "machine": platform.machine(),

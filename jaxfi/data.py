@@ -8,7 +8,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,20 @@ def load_dataset(name: str, input_size: int = 32) -> Dataset:
     arrays, note = _digits(input_size) if name == "digits" else _tfds(name, input_size)
     mean, std = _CHANNEL_STATISTICS[name]
     return Dataset(name=name, **arrays, mean=mean, std=std, num_classes=10, note=note)
+
+
+def hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, tuple[np.ndarray, np.ndarray]]:
+    """`dataset` without the last `fraction` of its training images, and those, with their labels.
+
+    A fraction of 0 holds out nothing. Raises ValueError if nothing is left to train on.
+    """
+    total = len(dataset.train_labels)
+    kept = total - round(fraction * total)
+    if not 0 < kept <= total:
+        raise ValueError(f"held_out is {fraction}; allowed: less than all {total} training images")
+    rest = dataset.train_images[:kept], dataset.train_labels[:kept]
+    held = dataset.train_images[kept:], dataset.train_labels[kept:]
+    return replace(dataset, train_images=rest[0], train_labels=rest[1]), held
 
 
 def normalise(images: Any, mean: Iterable[float], std: Iterable[float]) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,24 @@ from jaxfi.faults import (
     word_bits,
     word_dtype,
 )
+from jaxfi.files import write_whole
 
 _COLUMNS = ("leaf", "element", "bit", "model", "value")
 _COLUMN_TYPES = (np.int32, np.int64, np.int16, np.uint8, np.float64)
+
+
+class Stratum(NamedTuple):
+    """Fault sites that a list is drawn from: each element of a leaf, with each bit and model.
+
+    Attributes:
+      leaf: position in `FaultList.paths`.
+      bits: bit positions; (-1,) where the model has no bit.
+      num_models: 2 where both polarities of stuck-at are drawn, else 1.
+    """
+
+    leaf: int
+    bits: tuple[int, ...]
+    num_models: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +56,8 @@ class FaultList:
       bit: [F] int16, 0 is the least significant bit; -1 where the model has no bit.
       model: [F] uint8, position in `FAULT_MODELS`.
       value: [F] float64, the value written by the model "value"; NaN elsewhere.
+      drawn_from: what the list is a sample or the whole of; None where that is not known: a list
+        of given sites or from a file, or a part of a list. Not compared by `==`.
     """
 
     paths: tuple[str, ...]
@@ -49,10 +68,18 @@ class FaultList:
     bit: np.ndarray
     model: np.ndarray
     value: np.ndarray
+    drawn_from: tuple[Stratum, ...] | None = dataclasses.field(default=None, kw_only=True)
 
     @classmethod
     def from_arrays(
-        cls, params: PyTree, leaf: Any, element: Any, bit: Any, model: Any, value: Any = np.nan
+        cls,
+        params: PyTree,
+        leaf: Any,
+        element: Any,
+        bit: Any,
+        model: Any,
+        value: Any = np.nan,
+        drawn_from: tuple[Stratum, ...] | None = None,
     ) -> FaultList:
         """A list from arrays that broadcast to [F]; `model` is a name or codes. Not validated."""
         if isinstance(model, str):
@@ -60,7 +87,7 @@ class FaultList:
         columns = np.broadcast_arrays(leaf, element, bit, model, value)
         typed = zip(columns, _COLUMN_TYPES, strict=True)
         arrays = [np.array(column, dtype).reshape(-1) for column, dtype in typed]
-        return cls(*describe_leaves(params), *arrays)
+        return cls(*describe_leaves(params), *arrays, drawn_from=drawn_from)
 
     @classmethod
     def from_sites(
@@ -88,14 +115,14 @@ class FaultList:
         columns: dict[str, Any] = {
             name: np.atleast_1d(getattr(self, name)[rows]) for name in _COLUMNS
         }
-        return dataclasses.replace(self, **columns)
+        return dataclasses.replace(self, drawn_from=None, **columns)
 
     def __add__(self, other: FaultList) -> FaultList:
         """Both lists, of the same parameters, one after the other; ValueError for others."""
         if self._leaves() != other._leaves():
             raise ValueError("the fault lists are for different parameters: allowed are the same")
         columns = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS}
-        return dataclasses.replace(self, **columns)
+        return dataclasses.replace(self, drawn_from=None, **columns)
 
     def nulls(self, elements: np.ndarray) -> FaultList:
         """Faults that change nothing, at these elements of the first fault's leaf."""
@@ -119,9 +146,29 @@ class FaultList:
 
     @property
     def population(self) -> int:
-        """Possible single faults in the parameters: elements x word bits x 2 transitions."""
-        sizes = [int(np.prod(shape, dtype=object)) for shape in self.shapes]
-        return sum(s * word_bits(d) * 2 for s, d in zip(sizes, self.dtypes, strict=True))
+        """Possible faults that the list is a sample or the whole of; see `population_of`."""
+        return self.population_of()
+
+    def population_of(
+        self, leaves: Sequence[int] | np.ndarray | None = None, bit: int | None = None
+    ) -> int:
+        """Possible faults in these leaves (None: all) and of this bit position (None: any).
+
+        They are the sites in `drawn_from`. Where that is not known they are all single faults of
+        the parameters, elements x word bits x 2 transitions: no fewer, so that an interval is
+        rather too wide than too narrow.
+        """
+        strata = self.drawn_from
+        if strata is None:
+            widths = [word_bits(dtype) for dtype in self.dtypes]
+            strata = tuple(Stratum(n, tuple(range(w)), 2) for n, w in enumerate(widths))
+        return sum(
+            int(np.prod(self.shapes[leaf], dtype=object)) * num_models
+            for leaf, bits, num_models in strata
+            if leaves is None or leaf in leaves
+            for site_bit in bits
+            if bit is None or site_bit == bit
+        )
 
     def _leaves(self) -> tuple:
         return self.paths, self.shapes, self.dtypes
@@ -146,15 +193,12 @@ class FaultList:
     def batch(self) -> Fault:
         """All faults as one `Fault` of [F] arrays, to vmap `inject` over.
 
-        Raises OverflowError for a leaf of 2**31 elements or more, and ValueError for a 64-bit leaf
-        where JAX would cut it to 32 bits.
+        Raises OverflowError for a leaf of 2**31 elements or more; else as `check_width`.
         """
-        wide = [p for p, d in zip(self.paths, self.dtypes, strict=True) if word_bits(d) == 64]
-        if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-            raise ValueError(f"leaf {wide[0]} has 64-bit words: set jax_enable_x64 or cast it")
+        self.check_width()
         if len(self) and self.element.max() >= 2**31 - 1:
             raise OverflowError("leaves of 2**31 elements or more are not supported")
-        word = np.uint64 if wide else np.uint32
+        word = np.uint64 if 64 in map(word_bits, self.dtypes) else np.uint32
         keep, flip = (mask.astype(word) for mask in self.masks())
         return Fault(*map(jnp.asarray, (self.leaf, self.element.astype(np.int32), keep, flip)))
 
@@ -225,6 +269,26 @@ class FaultList:
                 found[row] = tuple(where) if self.shapes[leaf] else ()
         return found
 
+    def check_width(self) -> None:
+        """Raises ValueError for a leaf of 64-bit words where JAX would cut them to 32 bits."""
+        for path, dtype in zip(self.paths, self.dtypes, strict=True):
+            if word_bits(dtype) == 64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"leaf {path} is {dtype}, which JAX cuts to 32 bits: "
+                    "set jax_enable_x64, or cast it before drawing faults"
+                )
+
+    def check_injectable(self, params: PyTree) -> None:
+        """All that can be known before a campaign on `params` starts.
+
+        Raises ValueError for an empty list; else as `validate`, `check` and `check_width`.
+        """
+        if not len(self):
+            raise ValueError("the fault list is empty: allowed is one fault or more")
+        self.validate(params)
+        self.check()
+        self.check_width()
+
     def check(self) -> None:
         """Raises ValueError if a fault is outside its leaf or word: for lists from strangers."""
         for name, dtype in zip(_COLUMNS, _COLUMN_TYPES, strict=True):
@@ -245,19 +309,26 @@ class FaultList:
         inside = (self.bit >= 0) & (self.bit < widths[self.leaf])
         if not np.where(has_bit, inside, self.bit == -1).all():
             raise ValueError("a fault's bit is outside its word")
+        for stratum in self.drawn_from or ():
+            if not 0 <= stratum.leaf < len(self.paths) or stratum.num_models not in (1, 2):
+                raise ValueError(f"it cannot be drawn from {stratum}")
 
     def to_csv(self, path: str | os.PathLike) -> None:
-        """Writes one row a fault: path, index, bit, model, value, the leaf's shape and dtype."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(CSV_COLUMNS)
-            columns = (getattr(self, name).tolist() for name in ("leaf", "bit", "model", "value"))
-            for index, leaf, bit, model, value in zip(self.indices(), *columns, strict=True):
-                name = FAULT_MODELS[model]
-                bit_text = bit if name in BIT_MODELS else ""
-                value_text = repr(value) if name == "value" else ""
-                described = (bit_text, name, value_text, self.shapes[leaf], self.dtypes[leaf])
-                writer.writerow((self.paths[leaf], index, *described))
+        """Writes one row a fault: path, index, bit, model, value, the leaf's shape and dtype.
+
+        The file is whole or as it was before. Raises OSError naming it.
+        """
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(CSV_COLUMNS)
+        columns = (getattr(self, name).tolist() for name in ("leaf", "bit", "model", "value"))
+        for index, leaf, bit, model, value in zip(self.indices(), *columns, strict=True):
+            name = FAULT_MODELS[model]
+            bit_text = bit if name in BIT_MODELS else ""
+            value_text = repr(value) if name == "value" else ""
+            described = (bit_text, name, value_text, self.shapes[leaf], self.dtypes[leaf])
+            writer.writerow((self.paths[leaf], index, *described))
+        write_whole(Path(path), text.getvalue().encode(), os.getpid())
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike, params: PyTree) -> FaultList:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,21 @@ def checked_model(model: str) -> str:
     if model not in FAULT_MODELS:
         raise ValueError(f"unknown fault model {model!r}: allowed are {', '.join(FAULT_MODELS)}")
     return model
+
+
+def checked_integer(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int; TypeError if it is none, ValueError if it is less than `least`.
+
+    >>> checked_integer("batch_size", np.int64(100), 1)
+    100
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} {value!r} is not an integer") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} {value} is out of range: allowed are integers >= {least}")
+    return number
 
 
 def parse_index(text: str) -> tuple[int, ...] | int:

@@ -7,13 +7,14 @@ exchanged file is told from the right one without a second file to keep in step.
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import hashlib
 import io
 import os
 import socket
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -67,6 +68,30 @@ def write_whole(path: Path, content: bytes, process_index: int = 0) -> None:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Writes a table whole or not at all. Raises as `write_whole`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table that has these columns, text by column.
+
+    Raises FileNotFoundError, or ValueError naming the file if it is no such table.
+    """
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != tuple(columns):
+        raise ValueError(f"{path} has the columns {reader.fieldnames}: allowed are {[*columns]}")
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} is damaged: a row has another number of fields than the header")
+    return rows
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,6 +7,8 @@ that holds NaN or Inf is a DUE as well, counted beside the three.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -73,17 +75,20 @@ def checked_nan_policy(nan: str) -> str:
     return nan
 
 
+@functools.partial(jax.jit, static_argnames="nan")
 def judge(golden: jax.Array, faulty: jax.Array, labels: jax.Array, nan: str) -> Verdict:
-    """Classifies faulty outputs against golden ones. Pure; jit-able with `nan` static.
+    """Classifies faulty outputs against golden ones. Pure, and compiled.
 
     Args:
-      golden, faulty: [..., N, classes], equal dtypes; they broadcast.
+      golden, faulty: [..., N, classes], equal float dtypes; they broadcast.
       labels: [..., N] integers; they broadcast too.
       nan: "critical" calls a changed output with a NaN critical and its prediction wrong;
         "argmax" takes it as argmax does (first NaN, so class 0 when all are), as published tools.
     """
     if golden.dtype != faulty.dtype:
         raise TypeError(f"golden outputs are {golden.dtype}, faulty ones {faulty.dtype}")
+    if not jnp.issubdtype(golden.dtype, jnp.floating):
+        raise TypeError(f"outputs are {golden.dtype}: allowed are floats")
     golden, faulty = jnp.broadcast_arrays(golden, faulty)
     same_bits = jnp.all(to_words(golden) == to_words(faulty), axis=-1)
     prediction = jnp.argmax(faulty, axis=-1)
@@ -98,12 +103,12 @@ def judge(golden: jax.Array, faulty: jax.Array, labels: jax.Array, nan: str) -> 
 
 
 def classify(
-    golden: jax.Array, faulty: jax.Array, nan: str = "critical"
+    golden: jax.Array | np.ndarray, faulty: jax.Array | np.ndarray, nan: str = "critical"
 ) -> tuple[jax.Array, jax.Array]:
-    """Outcome and DUE of each faulty output.
+    """Outcome and DUE of each faulty output, in the outputs' own precision.
 
     Args:
-      golden, faulty: [..., N, classes], equal dtypes; they broadcast.
+      golden, faulty: [..., N, classes], equal float dtypes; they broadcast.
       nan: see `judge`.
 
     Returns:
@@ -113,8 +118,21 @@ def classify(
     >>> int(outcome[0]), bool(due[0])
     (1, False)
     """
-    verdict = judge(golden, faulty, jnp.zeros((), jnp.int32), checked_nan_policy(nan))
+    with _own_precision(golden, faulty):
+        verdict = judge(golden, faulty, jnp.zeros((), jnp.int32), checked_nan_policy(nan))
     return verdict.outcome, verdict.due
+
+
+def accuracy(outputs: np.ndarray, labels: np.ndarray, nan: str) -> float:
+    """Share of outputs [N, classes] that predict their label; `nan` as in `judge`."""
+    with _own_precision(outputs):
+        return float(np.mean(np.asarray(judge(outputs, outputs, labels, nan).correct)))
+
+
+def _own_precision(*outputs: Any) -> contextlib.AbstractContextManager:
+    """NumPy's float64 reaches JAX whole, which would cut it to float32 by default."""
+    wide = any(isinstance(array, np.ndarray) and array.dtype == np.float64 for array in outputs)
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
 def shares(outcomes: np.ndarray, outcome: int) -> np.ndarray:
@@ -127,15 +145,18 @@ def estimate_rate(
 ) -> Estimate:
     """Mean of per-fault shares, with an interval that takes each fault as one cluster.
 
-    The images of one fault are not independent: the variance is that between faults, times the
-    finite-population correction 1 - F/N. The interval is Wilson's at the effective sample size
-    p(1-p)/variance (Franco et al., J. Surv. Stat. Methodol. 2019), so that it has a width at 0
-    and 1 too.
+    The images of one fault are not independent, so the interval is Wilson's at an effective
+    sample size (Franco et al., J. Surv. Stat. Methodol. 2019): F / D / (1 - F/N), where D is the
+    variance between faults over that of independent faults that do all or nothing, p(1-p), and
+    1 - F/N corrects for the finite population. Where hardly any fault did anything its variance
+    cannot be seen, so D counts t^2/2 faults more that did all and as many that did nothing, which
+    is what Wilson's own centre adds. So no rate has an interval of no width; at 0 and 1 it is that
+    of F independent trials, and it goes on from there without a jump as pairs are added.
 
     Args:
       per_fault: [F] shares in [0, 1].
       num_images: images per fault; caps the effective sample size at all pairs.
-      population: N, possible faults.
+      population: N, possible faults; of a census, F = N, the interval has no width.
       t: cut-off of the normal distribution; 2.58 is 99 % confidence.
 
     Raises ValueError for no faults or no images.
@@ -147,15 +168,20 @@ def estimate_rate(
     correction = max(1 - num_faults / population, 0.0)
     if correction == 0:
         return Estimate(mean, mean, mean)
-    variance = float(np.var(per_fault, ddof=1)) if num_faults > 1 else mean * (1 - mean)
-    spread = mean * (1 - mean)
-    size = spread / variance * num_faults if variance > 0 else float(num_faults)
-    if spread > 0 and variance == 0:
-        size = float(num_faults * num_images)
-    size = min(size, num_faults * num_images) / correction
+    size = num_faults / min(max(_design_effect(per_fault, t), 1 / num_images), 1.0) / correction
     center = (mean + t**2 / (2 * size)) / (1 + t**2 / size)
+    spread = mean * (1 - mean)
     half = t * math.sqrt(spread / size + t**2 / (4 * size**2)) / (1 + t**2 / size)
     return Estimate(mean, min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean))
+
+
+def _design_effect(per_fault: np.ndarray, t: float) -> float:
+    """D of `estimate_rate`: 1 where each fault does all or nothing, less where they are alike."""
+    all_or_nothing = t**2 / 2
+    num_faults = len(per_fault) + 2 * all_or_nothing
+    mean = (float(np.sum(per_fault)) + all_or_nothing) / num_faults
+    variance = (float(np.sum(np.square(per_fault))) + all_or_nothing) / num_faults - mean**2
+    return variance / (mean * (1 - mean))
 
 
 def estimate_difference(
@@ -185,20 +211,38 @@ def estimate_difference(
     return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0))
 
 
-def paired_difference(before: Any, after: Any, rate: str = "masked", t: float = 2.58) -> Estimate:
+def paired_difference(
+    before: Any,
+    after: Any,
+    rate: str = "masked",
+    t: float = 2.58,
+    *,
+    population: int | None = None,
+) -> Estimate:
     """How much a rate differs between two campaigns with the same faults, `after - before`.
 
     Args:
       before, after: campaigns (`jaxfi.Campaign`) of the same fault list.
       rate: "masked", "non_critical", "critical" or "due".
       t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+      population: possible faults; default those that the list was drawn from.
 
-    Raises ValueError if the fault lists differ, or for an unknown rate.
+    Raises ValueError if the fault lists differ, for an unknown rate, or a population of fewer
+    faults than the list.
     """
     if before.faults != after.faults:
         raise ValueError("the campaigns have different fault lists: a paired difference needs one")
     shares_of = [per_fault_shares(campaign.results, rate) for campaign in (before, after)]
-    return estimate_difference(*shares_of, before.faults.population, t)
+    if population is None:
+        population = before.faults.population
+    return estimate_difference(*shares_of, checked_population(population, len(before.faults)), t)
+
+
+def checked_population(population: int, num_faults: int) -> int:
+    """`population` if it can hold the faults; else ValueError."""
+    if population < num_faults:
+        raise ValueError(f"population {population} is less than the {num_faults} faults")
+    return population
 
 
 def per_fault_shares(results: Results, rate: str) -> np.ndarray:

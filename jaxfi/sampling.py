@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxfi.fault_list import FaultList
-from jaxfi.fault_sites import checked_model, checked_value
+from jaxfi.fault_list import FaultList, Stratum
+from jaxfi.fault_sites import checked_integer, checked_model, checked_value
 from jaxfi.faults import BIT_MODELS, FAULT_MODELS, PyTree, word_bits
 
 STRATA = ("layer", "network", "bit")
@@ -100,7 +100,7 @@ def sample_faults(
     """
     if by not in STRATA:
         raise ValueError(f"cannot sample by {by!r}: allowed are {', '.join(STRATA)}")
-    num_faults = operator.index(num_faults)
+    num_faults = checked_integer("num_faults", num_faults)
     empty, leaves = _selected_leaves(params, model, paths, bits)
     value = _checked_value(value, model, empty, leaves)
     counts = _site_counts(empty, leaves, model)
@@ -118,7 +118,8 @@ def sample_faults(
         for number, (stratum, share, sites) in enumerate(zip(strata, shares, capacity, strict=True))
     ]
     leaf, element, bit, code = np.concatenate(drawn, axis=1)
-    return FaultList.from_arrays(params, leaf, element, bit, code, value)
+    drawn_from = _drawn_from(leaves, model)
+    return FaultList.from_arrays(params, leaf, element, bit, code, value, drawn_from)
 
 
 def exhaustive_faults(
@@ -138,7 +139,8 @@ def exhaustive_faults(
     value = _checked_value(value, model, empty, leaves)
     sites = np.arange(sum(_site_counts(empty, leaves, model)), dtype=np.uint64)
     leaf, element, bit, code = _decode(empty, leaves, sites, model)
-    return FaultList.from_arrays(params, leaf, element, bit, code, value)
+    drawn_from = _drawn_from(leaves, model)
+    return FaultList.from_arrays(params, leaf, element, bit, code, value, drawn_from)
 
 
 def _selected_leaves(
@@ -149,6 +151,7 @@ def _selected_leaves(
         checked_model(model)
     empty = FaultList.from_arrays(params, [], [], [], [])
     patterns = (paths,) if isinstance(paths, str) else tuple(paths)
+    bits = None if bits is None else _checked_bits(bits)
     leaves: _Stratum = []
     for leaf, (path, dtype) in enumerate(zip(empty.paths, empty.dtypes, strict=True)):
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
@@ -172,7 +175,13 @@ def _allowed_bits(path: str, dtype: str, model: str, bits: Sequence[int] | None)
     wrong = [bit for bit in bits if not 0 <= bit <= last]
     if wrong:
         raise ValueError(f"bit {wrong[0]} is outside {path} ({dtype}): allowed are 0 to {last}")
-    return tuple(sorted(set(bits)))
+    return tuple(bits)
+
+
+def _checked_bits(bits: Any) -> list[int]:
+    if isinstance(bits, str) or not isinstance(bits, Iterable):
+        raise TypeError(f"bits is {bits!r}: allowed are several integers, as in bits=[30, 31]")
+    return sorted({checked_integer("bit", bit) for bit in bits})
 
 
 def _strata(paths: tuple[str, ...], leaves: _Stratum, by: str) -> list[_Stratum]:
@@ -192,6 +201,10 @@ def _site_counts(empty: FaultList, stratum: _Stratum, model: str) -> list[int]:
     polarities = 2 if model == STUCK_AT else 1
     sizes = [int(np.prod(shape, dtype=object)) for shape in empty.shapes]
     return [sizes[leaf] * len(bits) * polarities for leaf, bits in stratum]
+
+
+def _drawn_from(leaves: _Stratum, model: str) -> tuple[Stratum, ...]:
+    return tuple(Stratum(leaf, bits, 2 if model == STUCK_AT else 1) for leaf, bits in leaves)
 
 
 def _decode(empty: FaultList, stratum: _Stratum, sites: np.ndarray, model: str) -> np.ndarray:

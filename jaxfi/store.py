@@ -9,11 +9,10 @@ name: it is verified as a whole, and processes that write the same directory can
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import operator
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxfi.chunks import decode_chunk, encode_chunk, packed_bytes
+from jaxfi.description import (
+    CAMPAIGN_FILE,
+    LIST_COLUMNS,
+    check_same,
+    describe,
+    read_description,
+    read_faults,
+)
 from jaxfi.fault_list import FaultList
 from jaxfi.files import (
     content_hash,
@@ -34,11 +41,8 @@ from jaxfi.files import (
 )
 from jaxfi.outcomes import CRITICAL, Results
 
-FORMAT = 1
-_CAMPAIGN_FILE = "campaign.json"
-_FAULTS_NAME = re.compile(r"faults-[0-9a-f]{32}\.npz")
 _CHUNK_NAME = re.compile(r"faults-\d{9,}-\d{9,}-[0-9a-f]{32}\.parquet")
-_LIST_COLUMNS = ("leaf", "element", "bit", "model", "value")
+_LOOK_EVERY = 0.1  # seconds
 _MERGED_BYTES = 2**26  # of packed outcomes in one merged chunk, before compression
 
 
@@ -64,10 +68,10 @@ class Store:
     def __init__(self, directory: str | os.PathLike, process_index: int = 0):
         self.directory = Path(directory)
         self._process_index = process_index
-        description = _read_description(self.directory)
+        description = read_description(self.directory)
         self.fingerprint: dict[str, Any] = description["fingerprint"]
         self.num_images: int = description["num_images"]
-        self.faults, self._values = _read_faults(self.directory, description)
+        self.faults, self._values = read_faults(self.directory, description)
         self._campaign: str = description["sha256"]
         self._rows_of: dict[str, np.ndarray] = {}  # of the chunks verified so far
 
@@ -124,6 +128,16 @@ class Store:
 
         Raises ValueError if faults are missing, or naming a file that is damaged or foreign.
         """
+        while True:
+            try:
+                return self._read_once()
+            except FileNotFoundError as error:
+                if not (self.directory / "results").is_dir():
+                    raise error
+                # Process 0 has just merged it: its name is gone, at last on a file server too.
+                time.sleep(_LOOK_EVERY)
+
+    def _read_once(self) -> Results:
         shape = len(self.faults), self.num_images
         outcomes, due = np.zeros(shape, np.uint8), np.zeros(shape, bool)
         results = Results(outcomes, due, np.full(len(self.faults), -1, np.int32))
@@ -236,16 +250,16 @@ def open_store(
     with writing(directory):
         (directory / "results").mkdir(parents=True, exist_ok=True)
     with locked(directory / f"lock-{process_index:04d}"):
-        columns = {name: getattr(faults, name) for name in _LIST_COLUMNS}
+        columns = {name: getattr(faults, name) for name in LIST_COLUMNS}
         content = to_npz({**columns, "before": values[0], "after": values[1]})
-        description = _describe(fingerprint, faults, num_images, content)
-        if (directory / _CAMPAIGN_FILE).exists():
-            _check_same(directory, _read_description(directory), description)
+        description = describe(fingerprint, faults, num_images, content)
+        if (directory / CAMPAIGN_FILE).exists():
+            check_same(directory, read_description(directory), description)
         if not (directory / description["faults_file"]).exists():
             write_whole(directory / description["faults_file"], content, process_index)
-        if not (directory / _CAMPAIGN_FILE).exists():
+        if not (directory / CAMPAIGN_FILE).exists():
             text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-            write_whole(directory / _CAMPAIGN_FILE, text.encode(), process_index)
+            write_whole(directory / CAMPAIGN_FILE, text.encode(), process_index)
         yield Store(directory, process_index)
 
 
@@ -258,95 +272,6 @@ def load(directory: str | os.PathLike) -> StoredCampaign:
     store = Store(directory)
     arrays = _read_golden(store.directory)
     return StoredCampaign(store.fingerprint, store.faults, arrays, store.read())
-
-
-def _describe(
-    fingerprint: Mapping[str, Any], faults: FaultList, num_images: int, content: bytes
-) -> dict[str, Any]:
-    return _signed(
-        {
-            "format": FORMAT,
-            "fingerprint": dict(fingerprint),
-            "num_faults": len(faults),
-            "num_images": num_images,
-            "paths": faults.paths,
-            "shapes": faults.shapes,
-            "dtypes": faults.dtypes,
-            "faults_file": f"faults-{content_hash(content)}.npz",
-        }
-    )
-
-
-def _signed(description: dict[str, Any]) -> dict[str, Any]:
-    """The description as JSON would give it back, with its hash, which names the campaign."""
-    body = json.dumps({k: v for k, v in description.items() if k != "sha256"}, sort_keys=True)
-    return {**json.loads(body), "sha256": hashlib.sha256(body.encode()).hexdigest()}
-
-
-def _read_description(directory: Path) -> dict[str, Any]:
-    path = directory / _CAMPAIGN_FILE
-    try:
-        description = json.loads(path.read_bytes())
-        intact = description["sha256"] == _signed(description)["sha256"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} holds no campaign: {path} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        intact = False
-    if not intact:
-        raise damaged(path, "its content does not match its checksum")
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {description.get('format')}: allowed is {FORMAT}")
-    fingerprint, num_images = description.get("fingerprint"), description.get("num_images")
-    if not isinstance(fingerprint, dict) or not isinstance(num_images, int) or num_images < 1:
-        raise damaged(path, "it does not describe a campaign")
-    return description
-
-
-def _check_same(directory: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
-    there, now = dict(_flatten("", stored)), dict(_flatten("", here))
-    differences = [
-        f"{name.removeprefix('fingerprint.')} is {there.get(name, 'absent')} there and "
-        f"{now.get(name, 'absent')} here"
-        for name in sorted(there.keys() | now.keys())
-        if name != "sha256" and there.get(name) != now.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{directory} holds another campaign: {'; '.join(differences)}; use another directory"
-        )
-
-
-def _flatten(prefix: str, tree: Any) -> Iterator[tuple[str, str]]:
-    """Dotted names and JSON texts of the leaves of nested dicts."""
-    if isinstance(tree, dict) and tree:
-        for name, branch in tree.items():
-            yield from _flatten(f"{prefix}.{name}" if prefix else name, branch)
-    else:
-        yield prefix, json.dumps(tree)
-
-
-def _read_faults(
-    directory: Path, description: dict[str, Any]
-) -> tuple[FaultList, tuple[np.ndarray, np.ndarray]]:
-    """The fault list, checked against the leaves, and the values before and after."""
-    name = str(description.get("faults_file"))
-    if not _FAULTS_NAME.fullmatch(name):
-        raise damaged(directory / _CAMPAIGN_FILE, f"{name!r} is no fault list")
-    try:
-        arrays = read_npz(directory / name)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{directory / name} is missing: run the campaign again") from None
-    try:
-        paths, dtypes = tuple(description["paths"]), tuple(description["dtypes"])
-        shapes = tuple(tuple(map(operator.index, shape)) for shape in description["shapes"])
-        faults = FaultList(paths, shapes, dtypes, *(arrays[column] for column in _LIST_COLUMNS))
-        faults.check()
-        values = arrays["before"], arrays["after"]
-        if any(v.shape != (len(faults),) or v.dtype != np.float64 for v in values):
-            raise ValueError("its values have another shape")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise damaged(directory / name, str(error)) from None
-    return faults, values
 
 
 def _golden_file(directory: Path) -> Path | None:

@@ -57,16 +57,16 @@ class Interrupted(Exception):
 
 def interrupt_after(monkeypatch, blocks: int) -> list[int]:
     """Lets `blocks` blocks finish, then raises; the returned list counts the faults that ran."""
-    run_block, ran = campaign._checked_block, []
+    run_block, ran = campaign.run_checked, []
 
-    def counted(run, setup, rows, **rest):
+    def counted(worker, rows, advance, **rest):
         if len(ran) == blocks:
             raise Interrupted
         ran.append(len(rows))
-        return run_block(run, setup, rows, **rest)
+        return run_block(worker, rows, advance, **rest)
 
     monkeypatch.setattr(campaign, "_FAULTS_PER_BLOCK", 4)
-    monkeypatch.setattr(campaign, "_checked_block", counted)
+    monkeypatch.setattr(campaign, "run_checked", counted)
     return ran
 
 
@@ -122,38 +122,61 @@ def test_stopping_in_the_progress_callback_loses_no_finished_block(tmp_path, mon
 
 
 CHILD = """
-import sys
+import sys, time
+from experiments.stopping import stop_soon
+stop_soon("stopped")
 from jaxfi import campaign, run_campaign
 from tests.test_campaign import arguments
 campaign._FAULTS_PER_BLOCK = 4
-run_block = campaign._checked_block
+run_block = campaign.run_checked
 def told(*given, **named):
     print("block", flush=True)
+    time.sleep(0.02)
     return run_block(*given, **named)
-campaign._checked_block = told
+campaign.run_checked = told
 run_campaign(**arguments(), workdir=sys.argv[1])
 """
 
 
-def run_and_kill(directory: Path, blocks: int, delay: float) -> int:
-    """Runs the campaign in a process, kills it `delay` s after `blocks` blocks; its exit status."""
+def run_and_stop(directory: Path, blocks: int, delay: float, stop: int) -> tuple[int, float]:
+    """Runs the campaign in a process, which gets a signal `delay` s after it began block `blocks`;
+    its exit status, and the seconds that it took to end."""
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", CHILD, str(directory)]
-    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE) as child:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=root, env=environment, **pipes) as child:
         for _ in range(blocks):
             child.stdout.readline()
         time.sleep(delay)
-        child.kill()
-        return child.wait()
+        child.send_signal(stop)
+        began = time.monotonic()
+        return child.wait(timeout=60), time.monotonic() - began
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_killed_campaign_resumes_to_the_same_bits(tmp_path) -> None:
+def test_stopped_campaign_resumes_to_the_same_bits(tmp_path) -> None:
     generator = random.Random(0)
-    for blocks in (2, 5):
-        status = run_and_kill(tmp_path, blocks, generator.uniform(0, 0.3))
-        assert status == -signal.SIGKILL
+    saved = 0
+    for blocks, stop in ((2, signal.SIGKILL), (3, signal.SIGTERM), (4, signal.SIGINT)):
+        status, seconds = run_and_stop(tmp_path, blocks, generator.uniform(0, 0.1), stop)
+        assert status == -stop if stop == signal.SIGKILL else status != 0
+        # On a machine that others use, time says nothing.
+        assert seconds < (2 if os.getloadavg()[0] < os.cpu_count() else 30)
+        chunks = list((tmp_path / "results").glob("*.parquet"))
+        assert len(chunks) >= saved + blocks - 1, "a finished block was not saved"
+        saved = len(chunks)
+    with pytest.raises(ValueError, match="not finished"):
+        load_campaign(tmp_path)
+    settings = arguments()
+    assert_same(run_campaign(**settings, workdir=tmp_path), run_campaign(**settings))
+
+
+@pytest.mark.slow
+def test_campaign_killed_at_thirty_moments(tmp_path) -> None:
+    generator = random.Random(1)
+    for _ in range(30):
+        blocks, delay = generator.choice([(0, 6.0), (1, 0.2), (2, 0.2)])
+        run_and_stop(tmp_path, blocks, generator.uniform(0, delay), signal.SIGKILL)
     settings = arguments()
     assert_same(run_campaign(**settings, workdir=tmp_path), run_campaign(**settings))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import dataclasses
 import math
+import resource
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,8 +194,25 @@ def test_inject_compiles_once_for_all_faults() -> None:
 def test_64_bit_words_are_refused_where_jax_cuts_them() -> None:
     params = {"w": np.ones(3, np.float64)}
     faults = FaultList.from_sites([("w", 0, 63)], params)
-    with pytest.raises(ValueError, match="leaf w has 64-bit words: set jax_enable_x64"):
-        faults.batch()
+    cut = "leaf w is float64, which JAX cuts to 32 bits: set jax_enable_x64, or cast it"
+    for use in (faults.batch, lambda: faults.check_injectable(params)):
+        with pytest.raises(ValueError, match=cut):
+            use()
+    with wide_words("float64"):
+        faults.check_injectable(params)
+
+
+def test_what_is_checked_before_a_campaign() -> None:
+    params = {"w": np.ones(3, np.float32)}
+    faults = FaultList.from_sites([("w", 0, 31)], params)
+    faults.check_injectable(params)
+    with pytest.raises(ValueError, match="the fault list is empty: allowed is one fault or more"):
+        faults[:0].check_injectable(params)
+    with pytest.raises(ValueError, match="for other parameters"):
+        faults.check_injectable({"w": np.ones(4, np.float32)})
+    outside = dataclasses.replace(faults, bit=np.array([32], np.int16))
+    with pytest.raises(ValueError, match="bit is outside its word"):
+        outside.check_injectable(params)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "complex64", "int4", "U3"])
@@ -292,6 +311,26 @@ def test_a_list_for_other_parameters(params: dict, message: str) -> None:
         faults.validate(params)
     with pytest.raises(ValueError, match="for other parameters"):
         faults.activated(params)
+
+
+def test_csv_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    """A real write that fails half way: the system allows no file of more than 4,000 bytes."""
+    path = tmp_path / "faults.csv"
+    few = FaultList.from_sites([("conv/bias", 0, 0)], GOOD_PARAMS)
+    few.to_csv(path)
+    before = path.read_bytes()
+    many = few[np.zeros(1000, int)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*faults\.csv"):
+            many.to_csv(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    many.to_csv(path)
+    assert FaultList.from_csv(path, GOOD_PARAMS) == many
 
 
 def test_rows_of_a_list() -> None:

@@ -116,6 +116,25 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.parametrize(
+    "name, value", [("num_faults", 60), ("fault_model", "zero"), ("margin", 0.02), ("p", 0.1)]
+)
+def test_a_fault_list_and_a_sample_exclude_each_other(name, value, tmp_path):
+    changes = {"num_faults": 0, "fault_list": "mine.csv", name: value}
+    given = dataclasses.replace(SMALL, **changes)
+    with pytest.raises(ValueError, match=f"fault_list is 'mine.csv' and {name} is {value!r}: "):
+        gr.run(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    dataclasses.replace(SMALL, num_faults=0, fault_list="mine.csv", t=1.96, seed=3).validate()
+
+
+def test_what_cannot_change_a_result_may_differ(tmp_path):
+    claim_workdir(SMALL, tmp_path)
+    check_same_config(dataclasses.replace(SMALL, memory_budget=10**9), tmp_path)
+    with pytest.raises(ValueError, match=r"configuration: seed is 0 there and 1 here$"):
+        check_same_config(dataclasses.replace(SMALL, memory_budget=10**9, seed=1), tmp_path)
+
+
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_is_one_line_before_training(name, tmp_path, monkeypatch):
     value, allowed = BAD_INPUT[name]
@@ -124,12 +143,21 @@ def test_bad_input_is_one_line_before_training(name, tmp_path, monkeypatch):
         raise AssertionError("training began")
 
     monkeypatch.setattr(gr, "train_network", forbidden)
+    sampled = {} if name != "fault_list" else {"num_faults": 0}
+    changed = dataclasses.replace(SMALL, **{**sampled, name: value})
     with pytest.raises((ValueError, OSError)) as caught:
-        gr.run(dataclasses.replace(SMALL, **{name: value}), tmp_path / "run")
+        gr.run(changed, tmp_path / "run")
     message = gr.one_line(caught.value)
     assert allowed in message
     assert "\n" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_seeds_that_jax_would_cut_are_refused():
+    for seed in (2**32, 2**64):
+        with pytest.raises(ValueError, match=f"seed is {seed}; allowed: integers >= 0 and < 2"):
+            dataclasses.replace(SMALL, seed=seed).validate()
+    dataclasses.replace(SMALL, seed=2**32 - 1).validate()
 
 
 def test_nan_alpha_is_refused():
@@ -143,8 +171,9 @@ def test_a_fault_list_for_other_parameters_is_named(tmp_path):
         "path,index,bit,model,value,shape,dtype\n"
         'conv1/kernel,"(0, 0, 0, 0)",3,bit-flip,,"(3, 3, 3, 32)",float32\n'
     )
+    given = dataclasses.replace(SMALL, num_faults=0, fault_list=str(path))
     with pytest.raises(ValueError, match=r"conv1/kernel .*float32.* \(3, 3, 3, 32\)"):
-        gr.run(dataclasses.replace(SMALL, fault_list=str(path)), tmp_path / "run")
+        gr.run(given, tmp_path / "run")
 
 
 def test_a_missing_data_set_says_how_to_prepare_it(tmp_path, monkeypatch):

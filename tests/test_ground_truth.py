@@ -13,7 +13,7 @@ import pytest
 import torch
 from absl import flags
 
-from experiments import agreement, arithmetic, ground_truth
+from experiments import agreement, arithmetic, ground_truth, published_network
 from jaxfi.convert import read_results
 from jaxfi.data import load_dataset, normalise
 from tests.torch_models import TORCH_MODELS
@@ -191,7 +191,7 @@ def test_the_command_ends_in_one_line(texts, message, tmp_path):
 
 
 def test_samples_are_nested_and_reach_every_stratum(reference):
-    subject = ground_truth.load_subject(settings(reference, reference))
+    subject = published_network.load_subject(settings(reference, reference))
     faults = read_results(reference / "outcomes.csv", subject.params).faults
     stratum = agreement.stratum_of_faults(faults)
     few, more = (agreement.sample_rows(faults, number, seed=1) for number in (3, 7))

@@ -64,7 +64,11 @@ def write_campaign(folder: Path, seed: int = 0, layer: str = "conv1", note: str 
     labels = random.integers(0, 10, NUM_IMAGES).astype(np.int32)
     golden = np.eye(10, dtype=np.float32)[labels]
     correct = np.count_nonzero(outcomes != CRITICAL, axis=1).astype(np.int32)
-    fingerprint = {"params_sha256": "ab" * 32, "versions": {"jax": "0.10.2", "note": note}}
+    fingerprint = {
+        "nan": "critical",
+        "params_sha256": "ab" * 32,
+        "versions": {"jax": "0.10.2", "note": note},
+    }
     values = faults.values(params)
     with open_store(folder, fingerprint, faults, NUM_IMAGES, values=values) as store:
         store.keep(golden=golden, labels=labels)
@@ -231,7 +235,9 @@ def test_a_campaign_of_whole_words_has_a_report(tmp_path):
     params = make_params()
     faults = FaultList.from_arrays(params, [0, 1, 2], 0, -1, "zero")
     masked = np.full((3, 2), MASKED, np.uint8)
-    with open_store(tmp_path, {}, faults, 2, values=faults.values(params)) as store:
+    with open_store(
+        tmp_path, {"nan": "critical"}, faults, 2, values=faults.values(params)
+    ) as store:
         store.keep(golden=np.eye(2, dtype=np.float32), labels=np.arange(2, dtype=np.int32))
         store.write(np.arange(3), masked, masked > 0, np.full(3, 2))
     write_report(tmp_path)

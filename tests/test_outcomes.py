@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,16 +11,21 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from jaxfi.fault_list import FaultList
 from jaxfi.outcomes import (
     CRITICAL,
     MASKED,
     NON_CRITICAL,
+    Results,
+    accuracy,
     classify,
     estimate_difference,
     estimate_rate,
     judge,
+    paired_difference,
     shares,
 )
+from jaxfi.sampling import exhaustive_faults
 
 SPECIALS = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, 1.5, -2.0, 1e-3, 3e38])
 
@@ -125,10 +132,60 @@ def test_a_census_has_no_error() -> None:
     assert estimate_rate(np.array([0.2, 0.4]), 10, population=2) == pytest.approx((0.3,) * 3)
 
 
-def test_same_images_for_all_faults_cannot_beat_all_pairs() -> None:
-    """Shares with no spread between faults still are no better than independent pairs."""
-    low, high = estimate_rate(np.full(100, 0.5), 100, population=10**12)[1:]
-    assert (high - low) / 2 == pytest.approx(2.58 * np.sqrt(0.25 / 100**2), rel=1e-3)
+def wilson(mean: float, num_trials: float, t: float = 2.58) -> tuple[float, float]:
+    """The roots of (mean - p)^2 = t^2 p (1 - p) / n, Wilson's definition (1927)."""
+    n = num_trials / t**2
+    low, high = np.sort(np.roots([1 + 1 / n, -2 * mean - 1 / n, mean**2]))
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.98])
+def test_alike_faults_are_between_all_pairs_and_all_or_nothing(share: float) -> None:
+    """No spread between faults is worth more than one trial a fault, less than one a pair."""
+    for num_faults in (10, 100, 10_000):
+        low, high = estimate_rate(np.full(num_faults, share), 100, population=10**12)[1:]
+        least, most = (np.diff(wilson(share, n))[0] for n in (num_faults * 100, num_faults))
+        assert least * (1 - 1e-6) <= high - low < most
+
+
+def test_the_interval_goes_on_from_none_without_a_jump() -> None:
+    """More critical pairs, in one fault or in many, never give a smaller upper end."""
+    num_faults, num_images = 2000, 500
+    counts = np.zeros(num_faults)
+    ends, values = [], []
+    for step in range(1201):  # the first fault's images one by one, then a pair in other faults
+        fault = 0 if step <= num_images else step
+        counts[fault] += step > 0
+        estimate = estimate_rate(counts / num_images, num_images, population=10**12)
+        ends.append(estimate.high)
+        values.append(estimate.value)
+        assert estimate.low <= estimate.value <= estimate.high
+    assert ends[0] == pytest.approx(wilson(0, num_faults)[1])
+    assert np.all(np.diff(ends) >= -1e-9)
+    assert np.max(np.diff(ends)) < 4 / (num_faults * num_images)
+    mirrored = estimate_rate(1 - counts / num_images, num_images, population=10**12)
+    assert 1 - mirrored.low == pytest.approx(estimate.high)
+
+
+@pytest.mark.parametrize("rare", [0.0, 0.0005, 0.002, 0.01])
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_coverage_of_rare_outcomes(rare: float, share: float) -> None:
+    """Of 400 faults hardly any does anything, and a fault that does does it to few or all images.
+
+    Wilson's interval of so rare an event covers less than it says at some rates; the average over
+    neighbouring ones is near it (Brown, Cai and DasGupta 2001).
+    """
+    generator = np.random.default_rng(4)
+    covered = []
+    for truth in rare * np.linspace(0.8, 1.2, 9):
+        hits = generator.binomial(400, truth, size=400)
+        covered += [
+            (lambda e: e.low <= truth * share <= e.high)(
+                estimate_rate(np.repeat([0.0, share], [400 - n, n]), 1000, population=10**12)
+            )
+            for n in hits
+        ]
+    assert np.mean(covered) >= 0.98
 
 
 @pytest.mark.parametrize("per_fault, num_images", [([], 10), ([0.5], 0)])
@@ -190,6 +247,52 @@ def test_coverage_of_paired_differences(effect: float, num_faults: int, populati
         covered.append(estimate.low <= truth <= estimate.high)
         assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
     assert np.mean(covered) >= 0.98
+
+
+def test_wide_outputs_are_judged_in_their_own_precision() -> None:
+    """float64 outputs that are the same float32: JAX would cut them, and call them masked."""
+    golden = np.array([[1.0, 1.0 - 2.0**-40]] * 3)
+    faulty = np.array([[1.0, 1.0 - 2.0**-40], [1.0 - 2.0**-45, 0.5], [1.0, 1.0 + 2.0**-40]])
+    expected = [classify_one(g, f, "critical")[0] for g, f in zip(golden, faulty, strict=True)]
+    assert expected == [MASKED, NON_CRITICAL, CRITICAL]
+    assert not jax.config.jax_enable_x64
+    assert classify(golden, faulty)[0].tolist() == expected
+    assert accuracy(faulty, np.array([0, 1, 1]), "critical") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int32"])
+def test_outputs_are_floats(dtype: str) -> None:
+    row = np.zeros((1, 2), dtype)
+    with pytest.raises(TypeError, match=f"outputs are {dtype}: allowed are floats"):
+        classify(row, row)
+
+
+def test_accuracy_of_nan_outputs() -> None:
+    outputs = np.array([[0, 1], [NAN, 2], [NAN, NAN]], np.float32)
+    labels = np.array([1, 0, 0])
+    assert accuracy(outputs, labels, "argmax") == 1.0
+    assert accuracy(outputs, labels, "critical") == pytest.approx(1 / 3)
+
+
+class Stub(NamedTuple):
+    """As much of a campaign as a difference takes."""
+
+    faults: FaultList
+    results: Results
+
+
+def test_paired_difference_of_a_census_has_no_error() -> None:
+    params = {"w": np.zeros(3, np.int8)}
+    whole = exhaustive_faults(params)
+    outcomes = np.zeros((2, len(whole), 4), np.uint8)
+    outcomes[1, :6] = NON_CRITICAL
+    due, correct = np.zeros(outcomes.shape[1:], bool), np.zeros(len(whole), np.int32)
+    before, after = (Stub(whole, Results(o, due, correct)) for o in outcomes)
+    assert paired_difference(before, after) == pytest.approx((-0.25,) * 3)
+    low, high = paired_difference(before, after, population=10**6)[1:]
+    assert low < -0.25 < high
+    with pytest.raises(ValueError, match="population 23 is less than the 24 faults"):
+        paired_difference(before, after, population=23)
 
 
 def test_difference_is_after_minus_before() -> None:

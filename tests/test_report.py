@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 
@@ -16,6 +17,7 @@ from jaxfi.campaign import Campaign
 from jaxfi.fault_list import FaultList
 from jaxfi.outcomes import Estimate
 from jaxfi.report import figures, shares, tables
+from jaxfi.sampling import exhaustive_faults
 
 ISSUE_COLUMNS = (
     "dataset,model,loss,optimizer,epochs,alpha,clean_acc,faulty_acc,masked,non_critical,critical,"
@@ -45,7 +47,7 @@ def make_campaign(seed: int = 0, num_faults: int = 96, num_images: int = 8) -> C
         correct=(outcomes != 2).sum(axis=1).astype(np.int32),
         golden=golden,
         labels=labels,
-        provenance={},
+        provenance={"nan": "critical"},
     )
 
 
@@ -153,12 +155,28 @@ def test_shares_by_bit_and_layer_are_the_counts(campaigns):
     assert by_layer[0].masked.value == pytest.approx((campaign.outcomes[rows] == 0).mean())
 
 
+def test_parts_of_a_census_have_no_interval(campaigns):
+    """Every fault of two bits of two leaves: nothing was left to chance, in any part."""
+    faults = exhaustive_faults(PARAMS, paths="conv1/*", bits=[30, 31])
+    some = next(iter(campaigns.values()))
+    draw = np.random.default_rng(0).integers(0, 3, (len(faults), 8)).astype(np.uint8)
+    whole = dataclasses.replace(
+        some, faults=faults, outcomes=draw, due=draw > 9, correct=draw.sum(1).astype(np.int32)
+    )
+    parts = [*shares.shares_by_bit(whole), *shares.shares_by_layer(whole)]
+    assert [part.name for part in parts] == ["31", "30", "conv1"]
+    for part in parts:
+        assert part.critical.low == part.critical.value == part.critical.high
+    assert whole.rates().masked.low == whole.rates().masked.high
+
+
 def test_shares_by_bit_needs_bits():
     faults = FaultList.from_arrays(PARAMS, 0, [0, 1], -1, "zero")
     ones = np.ones((2, 3), np.uint8)
     campaign = Campaign(
         faults=faults, outcomes=ones, due=ones > 1, correct=np.zeros(2, np.int32),
-        golden=np.zeros((3, 10), np.float32), labels=np.zeros(3, np.int32), provenance={},
+        golden=np.zeros((3, 10), np.float32), labels=np.zeros(3, np.int32),
+        provenance={"nan": "critical"},
     )  # fmt: skip
     with pytest.raises(ValueError, match="no fault of the campaign has a bit"):
         shares.shares_by_bit(campaign)
@@ -198,3 +216,19 @@ def test_figures_are_written_as_vector_and_raster(tmp_path, campaigns):
     image = np.asarray(Image.open(paths[2]).convert("L"))
     assert image.shape[1] == pytest.approx(6.9 * 300, abs=2)
     assert image.std() > 10
+
+
+@pytest.mark.parametrize("kind", ["outcome_shares", "outcomes_by_bit", "critical_by_layer"])
+def test_the_layout_has_settled_when_a_figure_is_written(tmp_path, campaigns, kind):
+    """Else the first file, the PDF, would lack what the layout had not yet made room for."""
+    figure = getattr(figures, kind)(campaigns)
+    first = [path.read_bytes() for path in figures.save_figure(figure, tmp_path / "first")]
+    again = [path.read_bytes() for path in figures.save_figure(figure, tmp_path / "again")]
+    assert first == again
+    figure.draw_without_rendering()
+    page = figure.bbox.padded(2)
+    for axes in figure.axes:
+        for text in (*axes.texts, axes.xaxis.label, axes.yaxis.label, *axes.get_yticklabels()):
+            x, y = text.get_window_extent().get_points().T
+            assert page.x0 <= min(x) <= max(x) <= page.x1, text.get_text()
+            assert page.y0 <= min(y) <= max(y) <= page.y1, text.get_text()

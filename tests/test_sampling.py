@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -310,5 +311,71 @@ def test_bad_key(key: object) -> None:
 
 
 def test_fractional_count() -> None:
-    with pytest.raises(TypeError, match="float"):
+    with pytest.raises(TypeError, match="num_faults 10.0 is not an integer"):
         sample_faults(0, SMALL, 10.0)
+
+
+@pytest.mark.parametrize(
+    "bits, message",
+    [
+        ([1.5], "bit 1.5 is not an integer"),
+        (["3"], "bit '3' is not an integer"),
+        (3, r"bits is 3: allowed are several integers, as in bits=\[30, 31\]"),
+        ("31", "bits is '31': allowed are several integers"),
+    ],
+)
+def test_bad_bits(bits: object, message: str) -> None:
+    for draw in (
+        lambda: sample_faults(0, SMALL, 3, bits=bits),
+        lambda: exhaustive_faults(SMALL, bits=bits),
+    ):
+        with pytest.raises(TypeError, match=message):
+            draw()
+
+
+def test_bits_may_be_any_iterable() -> None:
+    expected = sites(exhaustive_faults(SMALL, bits=[0, 7]))
+    for bits in (np.array([7, 0]), {0, 7}, (b for b in (7, 0, 7)), range(0, 8, 7)):
+        assert sites(exhaustive_faults(SMALL, bits=bits)) == expected
+
+
+POPULATIONS = {  # what is drawn, and whether a site (path, bit, model) can be in it
+    "all": ({}, lambda path, bit, model: model == "bit-flip" and bit >= 0),
+    "paths": ({"paths": "a/*"}, lambda path, bit, model: path[0] == "a" and model == "bit-flip"),
+    "bits": ({"bits": [0, 7]}, lambda path, bit, model: bit in (0, 7) and model == "bit-flip"),
+    "stuck-at": ({"model": "stuck-at"}, lambda path, bit, model: model.startswith("stuck-at")),
+    "zero": ({"model": "zero"}, lambda path, bit, model: bit == -1),
+}
+
+
+@pytest.mark.parametrize("options, possible", POPULATIONS.values(), ids=POPULATIONS)
+def test_population_of_a_drawn_list_is_counted(options: dict, possible: Callable) -> None:
+    """Against every site of the small network, one by one."""
+    width = {"b/kernel": 8, "c": 16}
+    everything = [
+        (leaf, bit)
+        for leaf, (path, num_sites) in enumerate(SMALL_SITES.items())
+        for _ in range(num_sites // width.get(path, 32))
+        for bit in range(-1, width.get(path, 32))
+        for model in (("zero",) if bit < 0 else ("bit-flip", "stuck-at-0", "stuck-at-1"))
+        if possible(path, bit, model)
+    ]
+    whole = exhaustive_faults(SMALL, **options)
+    assert len(whole) == whole.population == len(everything)
+    for faults in (whole, sample_faults(0, SMALL, 5, **options)):
+        assert faults.population == len(everything)
+        assert faults.population_of(leaves=[1, 2]) == sum(leaf in (1, 2) for leaf, _ in everything)
+        assert faults.population_of(bit=7) == sum(bit == 7 for _, bit in everything)
+        assert faults.population_of([0], 7) == sum(site == (0, 7) for site in everything)
+
+
+def test_population_of_a_list_from_elsewhere_is_all(tmp_path: Path) -> None:
+    """A part of a list, a list from a file: what it was drawn from is not known."""
+    faults = sample_faults(0, SMALL, 5, bits=[3])
+    faults.to_csv(tmp_path / "faults.csv")
+    for other in (faults[:3], faults + faults, FaultList.from_csv(tmp_path / "faults.csv", SMALL)):
+        assert other.population == fault_population(SMALL)
+        assert other.population_of(bit=3) == fault_population(SMALL) - sum(
+            other.population_of(bit=bit) for bit in range(32) if bit != 3
+        )
+    assert FaultList.from_csv(tmp_path / "faults.csv", SMALL) == faults

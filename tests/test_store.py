@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from jaxfi import store as store_module
 from jaxfi.chunks import pack_outcomes, unpack_outcomes
+from jaxfi.description import signed
 from jaxfi.fault_list import FaultList
 from jaxfi.files import content_hash, read_npz, to_npz
 from jaxfi.outcomes import Results
@@ -82,6 +83,7 @@ def assert_whole(campaign: StoredCampaign) -> None:
         assert stored.dtype == expected.dtype
         np.testing.assert_array_equal(stored, expected)
     assert campaign.faults == FAULTS
+    assert campaign.faults.drawn_from == FAULTS.drawn_from
     assert campaign.fingerprint == FINGERPRINT
     assert campaign.arrays["golden"].dtype == GOLDEN.dtype
     assert campaign.arrays["golden"].tobytes() == GOLDEN.tobytes()
@@ -234,6 +236,17 @@ def test_chunks_of_one_fault_twice(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="contradicts another chunk"):
         load(tmp_path)
+
+
+def test_a_list_read_from_a_file_continues_its_sample(tmp_path: Path) -> None:
+    """What it was drawn from is not in the file, and stays known."""
+    with opened(tmp_path) as store:
+        store.keep(golden=GOLDEN, labels=LABELS)
+        write_rows(store, np.arange(10))
+    with opened(tmp_path, faults=FAULTS[:]) as store:
+        write_rows(store, np.arange(10, NUM_FAULTS))
+    assert FAULTS.drawn_from is not None
+    assert_whole(load(tmp_path))
 
 
 def test_unfinished_campaign(tmp_path: Path) -> None:
@@ -448,9 +461,7 @@ def test_foreign_json(finished_campaign: Path, text: object) -> None:
     """Any JSON, also with a right checksum, is an error that names it."""
     path = finished_campaign / "campaign.json"
     content = path.read_bytes()
-    faked = (
-        store_module._signed({**json.loads(content), **text}) if isinstance(text, dict) else text
-    )
+    faked = signed({**json.loads(content), **text}) if isinstance(text, dict) else text
     if faked == json.loads(content):
         return
     path.write_text(json.dumps(text))
@@ -464,9 +475,7 @@ def test_foreign_json(finished_campaign: Path, text: object) -> None:
 
 def resigned(directory: Path, **changes: object) -> None:
     description = json.loads((directory / "campaign.json").read_text())
-    (directory / "campaign.json").write_text(
-        json.dumps(store_module._signed(description | changes))
-    )
+    (directory / "campaign.json").write_text(json.dumps(signed(description | changes)))
 
 
 @pytest.mark.parametrize(
@@ -476,6 +485,9 @@ def resigned(directory: Path, **changes: object) -> None:
         ({"faults_file": "../../../etc/passwd"}, "is no fault list"),
         ({"faults_file": None}, "'None' is no fault list"),
         ({"shapes": []}, "damaged or foreign"),
+        ({"shapes": [[2**80], [1], [1]]}, "damaged or foreign"),
+        ({"drawn_from": [[9, [0], 1]]}, "cannot be drawn from"),
+        ({"drawn_from": 3}, "damaged or foreign"),
         ({"shapes": [[1], [1], [1]]}, "element is outside its leaf"),
         ({"shapes": "abc"}, "damaged or foreign"),
         ({"paths": ["a"]}, "damaged or foreign"),

@@ -30,7 +30,7 @@ from rich.table import Table
 from experiments.agreement import sample_rows
 from experiments.benchmarks.peer_tools import INPUT_SHAPE, Logits, TorchFault, installed_tools
 from experiments.config import parse_flags
-from experiments.ground_truth import Subject, load_subject
+from experiments.published_network import Subject, load_subject
 from jaxfi.campaign import NotReproducible, run_campaign
 from jaxfi.convert import FLATTENED, load_state, read_fault_list
 from jaxfi.convert.layout import to_torch_layout, torch_name

@@ -12,8 +12,16 @@ from matplotlib.figure import Figure
 from jaxfi.campaign import Campaign
 from jaxfi.faults import word_bits
 from jaxfi.outcomes import MASKED, Estimate, estimate_rate, shares
-from jaxfi.report import figures
 from jaxfi.report.shares import fault_dtype, shares_by_bit
+from jaxfi.report.style import (
+    ERROR_BARS,
+    SERIES_STYLES,
+    TEXT_WIDTH,
+    interval_lengths,
+    mark_fields,
+    percent,
+    print_style,
+)
 
 _NETWORK = {"facecolor": "#d5e5f0", "edgecolor": "#12466b", "linewidth": 0.6}
 _ROUNDING = {"facecolor": "#f0c9a4", "edgecolor": "#c8601b", "linewidth": 0.6, "hatch": "////"}
@@ -33,8 +41,8 @@ def masked_by_arithmetic(campaigns: Mapping[str, Campaign], t: float = 2.58) -> 
     for name, campaign in campaigns.items():
         if campaign.faults != first.faults or campaign.outcomes.shape != first.outcomes.shape:
             raise ValueError(f"campaign {name!r} has other faults or images than the first")
-    with figures._style():
-        figure = Figure(figsize=(figures._WIDTH, 2.9), layout="constrained")
+    with print_style():
+        figure = Figure(figsize=(TEXT_WIDTH, 2.9), layout="constrained")
         by_bit, whole = figure.subplots(1, 2, width_ratios=(4.4, 1.6))
         _draw_bits(by_bit, campaigns, t)
         _draw_whole(whole, campaigns, t)
@@ -56,15 +64,15 @@ def _draw_bits(axes: Axes, campaigns: Mapping[str, Campaign], t: float) -> None:
         parts = shares_by_bit(campaign, t)
         bits = np.array([int(part.name) for part in parts]) + offsets[number]
         masked = [part.masked for part in parts]
-        style = figures._SERIES_STYLES[number % len(figures._SERIES_STYLES)]
+        style = SERIES_STYLES[number % len(SERIES_STYLES)]
         axes.errorbar(
-            bits, figures._percent(masked), yerr=figures._bars(masked), label=name,
+            bits, percent(masked), yerr=interval_lengths(masked), label=name,
             markersize=3.2, linewidth=0.8, elinewidth=0.9, ecolor=to_rgba(style["color"], 0.45),
             **style,
         )  # fmt: skip
     dtype = fault_dtype(next(iter(campaigns.values())).faults)
     width = word_bits(dtype)
-    figures._mark_fields(axes, dtype)
+    mark_fields(axes, dtype)
     axes.set_xticks(range(width - 1, -1, -1), minor=True)
     axes.set_xticks([width - 1, *range(width - 4, -1, -4)])
     axes.set(ylim=(-2, 102), ylabel="Masked (fault, image) pairs (%)")
@@ -78,12 +86,12 @@ def _draw_whole(axes: Axes, campaigns: Mapping[str, Campaign], t: float) -> None
     rows = range(len(campaigns))
     total = [_masked(campaign, t) for campaign in campaigns.values()]
     beyond = [100 * float(masked_beyond(first, c).mean()) for c in campaigns.values()]
-    base = figures._percent(total) - beyond
+    base = percent(total) - beyond
     axes.bar(rows, base, 0.66, label="by the network", **_NETWORK)
     axes.bar(rows, beyond, 0.66, bottom=base, label="by the rounding alone", **_ROUNDING)
     axes.errorbar(
-        rows, figures._percent(total), yerr=figures._bars(total), linestyle="none",
-        **figures._ERROR_BARS,
+        rows, percent(total), yerr=interval_lengths(total), linestyle="none",
+        **ERROR_BARS,
     )  # fmt: skip
     for row, share in zip(rows, total, strict=True):
         height = 100 * share.high + 2

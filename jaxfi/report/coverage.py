@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from jaxfi.files import write_whole
-from jaxfi.report.figures import _SERIES_STYLES, _WIDTH, _style
 from jaxfi.report.page import literal
+from jaxfi.report.style import SERIES_STYLES, TEXT_WIDTH, print_style
 from jaxfi.testset import (
     DETECTS,
     Cover,
@@ -120,11 +120,11 @@ def coverage_figure(coverages: Sequence[Coverage]) -> Figure:
         raise ValueError("no figure of no coverages: give at least one")
     networks = list(dict.fromkeys(c.network for c in coverages))
     styles: dict[str, dict[str, Any]] = {
-        n: dict(_SERIES_STYLES[i % len(_SERIES_STYLES)]) for i, n in enumerate(networks)
+        n: dict(SERIES_STYLES[i % len(SERIES_STYLES)]) for i, n in enumerate(networks)
     }
     detects = [d for d in DETECTS if any(c.detect == d for c in coverages)]
-    with _style():
-        figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+    with print_style():
+        figure = Figure(figsize=(TEXT_WIDTH, 3.2), layout="constrained")
         panels = figure.subplots(1, len(detects), squeeze=False)[0]
         for axes, detect in zip(panels, detects, strict=True):
             shown = [c for c in coverages if c.detect == detect and c.random is not None]

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxfi.campaign import Campaign
 from jaxfi.outcomes import Estimate
-from jaxfi.report.shares import (
-    Part,
-    bit_fields,
-    fault_dtype,
-    shares_by_bit,
-    shares_by_layer,
+from jaxfi.report.shares import Part, fault_dtype, shares_by_bit, shares_by_layer
+from jaxfi.report.style import (
+    ERROR_BARS,
+    SERIES_STYLES,
+    TEXT_WIDTH,
+    interval_lengths,
+    mark_fields,
+    percent,
+    print_style,
 )
 
 # Lightness falls from masked to critical, so that order survives greyscale; hatches repeat it.
@@ -28,30 +29,7 @@ OUTCOME_STYLES = {
     "Not critical": {"facecolor": "#57a0b8", "hatch": "////"},
     "Critical": {"facecolor": "#8c2330", "hatch": ""},
 }
-_SERIES_STYLES = (
-    {"marker": "o", "color": "#12466b", "markerfacecolor": "#12466b"},
-    {"marker": "s", "color": "#c8601b", "markerfacecolor": "white"},
-    {"marker": "^", "color": "#3d7a52", "markerfacecolor": "#3d7a52"},
-    {"marker": "D", "color": "#8a4f9e", "markerfacecolor": "white"},
-)
-_STYLE = {
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "hatch.linewidth": 0.5,
-    "legend.frameon": False,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "figure.dpi": 110,
-    "pdf.fonttype": 42,  # editable text, which publishers ask for
-    "svg.fonttype": "none",
-}
-_ERROR_BARS = {"ecolor": "#1a1a1a", "elinewidth": 0.9, "capsize": 2.0, "capthick": 0.9}
 _FEW_FAULTS = 30  # an arrow at the axis' end stands for the interval of a layer with fewer
-_WIDTH = 6.9  # inches: a two-column text width
 
 
 def outcome_shares(campaigns: Mapping[str, Campaign], t: float = 2.58) -> Figure:
@@ -61,8 +39,8 @@ def outcome_shares(campaigns: Mapping[str, Campaign], t: float = 2.58) -> Figure
       campaigns: campaigns by the name to print beside the bar.
       t: half-width of the intervals in standard errors; 2.58 is 99 %.
     """
-    with _style():
-        figure = Figure(figsize=(_WIDTH, 1.15 + 0.42 * len(campaigns)), layout="constrained")
+    with print_style():
+        figure = Figure(figsize=(TEXT_WIDTH, 1.15 + 0.42 * len(campaigns)), layout="constrained")
         axes = figure.subplots()
         rates = [campaign.rates(t=t) for campaign in campaigns.values()]
         columns = [[getattr(r, name) for r in rates] for name in ("masked", "non_critical")]
@@ -85,16 +63,16 @@ def outcomes_by_bit(campaigns: Mapping[str, Campaign], t: float = 2.58) -> Figur
         faulty leaves have several dtypes.
       t: half-width of the intervals in standard errors; 2.58 is 99 %.
     """
-    with _style():
+    with print_style():
         height = 0.9 + 1.55 * len(campaigns)
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")
         panels = figure.subplots(len(campaigns), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, campaign) in zip(panels, campaigns.items(), strict=True):
             parts = shares_by_bit(campaign, t)
             columns = [_column(parts, k) for k in ("masked", "non_critical", "critical")]
             _stack(axes, np.array([int(part.name) for part in parts]), columns, thickness=0.84)
             dtype = fault_dtype(campaign.faults)
-            _mark_fields(axes, dtype)
+            mark_fields(axes, dtype)
             axes.set_title(name, loc="left", pad=15)
             axes.set(ylim=(0, 100), ylabel="Share of pairs (%)", yticks=(0, 25, 50, 75, 100))
         panels[-1].set_xlabel(f"Bit position of the fault in the {dtype} word")
@@ -114,24 +92,24 @@ def critical_by_layer(
 
     An arrow at the right edge says that an interval goes on.
     """
-    with _style():
+    with print_style():
         by_layer = [shares_by_layer(campaign, order, t) for campaign in campaigns.values()]
         names = list(dict.fromkeys(part.name for parts in by_layer for part in parts))
         height = 1.1 + len(names) * (0.12 + 0.13 * len(campaigns))
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")
         axes = figure.subplots()
         limit = _critical_limit([part for parts in by_layer for part in parts])
         offsets = np.linspace(-0.2, 0.2, len(campaigns)) if len(campaigns) > 1 else np.zeros(1)
         for number, (label, parts) in enumerate(zip(campaigns, by_layer, strict=True)):
             rows = np.array([names.index(part.name) for part in parts]) + offsets[number]
             critical = _column(parts, "critical")
-            style = _SERIES_STYLES[number % len(_SERIES_STYLES)]
-            beyond = _percent(critical) + _bars(critical)[1] > limit
+            style = SERIES_STYLES[number % len(SERIES_STYLES)]
+            beyond = percent(critical) + interval_lengths(critical)[1] > limit
             for row in rows[beyond]:
                 axes.plot(limit, row, marker=">", ms=4, color=style["color"], clip_on=False)
             axes.errorbar(
-                _percent(critical), rows, xerr=_bars(critical), label=label, linestyle="none",
-                markersize=4.5, elinewidth=1.0, capsize=2.0, zorder=3, **style,
+                percent(critical), rows, xerr=interval_lengths(critical), label=label,
+                linestyle="none", markersize=4.5, elinewidth=1.0, capsize=2.0, zorder=3, **style,
             )  # fmt: skip
         counts = {part.name: part.num_faults for part in by_layer[0]}
         labels = [f"{name}  ({counts.get(name, 0):,})" for name in names]
@@ -147,21 +125,21 @@ def critical_by_layer(
 
 
 def save_figure(figure: Figure, stem: str | os.PathLike[str]) -> list[Path]:
-    """Writes `figure` as `stem`.pdf, .svg and .png (300 dpi); returns the three paths."""
+    """Writes `figure` as `stem`.pdf, .svg and .png (300 dpi); returns the three paths.
+
+    Its layout stays as it is from then on.
+    """
     paths = [Path(f"{os.fspath(stem)}.{kind}") for kind in ("pdf", "svg", "png")]
-    with _style():
+    with print_style():
+        for _ in range(2):  # the layout takes two passes to settle
+            figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         for path in paths:
             # No dates: the same campaign gives the same files.
             metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
             metadata = {"Date": None} if path.suffix == ".svg" else metadata
             figure.savefig(path, dpi=300, metadata=metadata)
     return paths
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": "jaxfi"}):
-        yield
 
 
 def _stack(
@@ -179,18 +157,18 @@ def _stack(
         size = {"height": thickness} if horizontal else {"width": thickness}
         start = {"left": base} if horizontal else {"bottom": base}
         draw(
-            positions, _percent(column), **size, **start,
+            positions, percent(column), **size, **start,
             label=label, edgecolor="white", linewidth=0.4, **style,
         )  # fmt: skip
-        base = base + _percent(column)
+        base = base + percent(column)
     masked, critical = columns[0], columns[-1]
     for edge, bars in (
-        (_percent(masked), _bars(masked)),
-        (100 - _percent(critical), _bars(critical)[::-1]),
+        (percent(masked), interval_lengths(masked)),
+        (100 - percent(critical), interval_lengths(critical)[::-1]),
     ):
         where = (edge, positions) if horizontal else (positions, edge)
         error = {"xerr": bars} if horizontal else {"yerr": bars}
-        axes.errorbar(*where, **error, linestyle="none", **_ERROR_BARS)
+        axes.errorbar(*where, **error, linestyle="none", **ERROR_BARS)
 
 
 def _print_shares(axes: Axes, columns: Sequence[Sequence[Estimate]]) -> None:
@@ -200,25 +178,6 @@ def _print_shares(axes: Axes, columns: Sequence[Sequence[Estimate]]) -> None:
         axes.text(x, -0.5, label.lower().replace("critical", "crit."), ha="right", fontsize=7.5)
         for row, share in enumerate(column):
             axes.text(x, row, f"{100 * share.value:.2f}", ha="right", va="center", fontsize=8)
-
-
-def _mark_fields(axes: Axes, dtype: str) -> None:
-    """Names sign, exponent and mantissa above the bars; the most significant bit is left."""
-    try:
-        fields = bit_fields(dtype)
-    except ValueError:  # an integer word has none
-        return
-    low = 0
-    for name, high in zip(fields._fields, fields, strict=True):
-        axes.annotate(
-            name, ((low + high) / 2, 1.02), xycoords=("data", "axes fraction"),
-            ha="center", va="bottom", fontsize=7.5, annotation_clip=False,
-        )  # fmt: skip
-        if low:
-            axes.axvline(low - 0.5, color="#1a1a1a", linewidth=0.8, linestyle=(0, (4, 2)))
-        low = high + 1
-    axes.set_xlim(fields.sign + 0.7, -0.7)
-    axes.set_xticks([fields.sign, fields.exponent, *range(0, fields.mantissa + 2, 4)])
 
 
 def _critical_limit(parts: Sequence[Part]) -> float:
@@ -236,13 +195,3 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _column(parts: Sequence[Part], outcome: str) -> list[Estimate]:
     return [getattr(part, outcome) for part in parts]
-
-
-def _percent(estimates: Sequence[Estimate]) -> np.ndarray:
-    return 100 * np.array([estimate.value for estimate in estimates])
-
-
-def _bars(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Lengths of the intervals below and above the value, [2, len] percent."""
-    value, low, high = 100 * np.array(estimates).T
-    return np.maximum(np.stack([value - low, high - value]), 0)

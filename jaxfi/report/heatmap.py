@@ -14,9 +14,9 @@ from jaxfi.campaign import Campaign
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import word_bits
 from jaxfi.outcomes import per_fault_shares
-from jaxfi.report.figures import _style
 from jaxfi.report.page import literal
 from jaxfi.report.shares import BitFields, bit_fields, fault_dtype, layer_name
+from jaxfi.report.style import print_style
 
 _WIDTH = 10.0  # inches: a landscape page or a screen
 # Each of one hue, from light to dark, so that greyscale keeps the order.
@@ -78,7 +78,7 @@ def heat_map(campaign: Campaign) -> Figure:
     faults are hatched.
     """
     shares = shares_by_layer_and_bit(campaign)
-    with _style():
+    with print_style():
         size = (_WIDTH, 1.55 + 0.2 * len(shares.layers))
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(1, len(_PANELS), sharey=True)

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from jaxfi.report.figures import _style
+from jaxfi.report.style import print_style
 
 # What XML does not allow, and the invisible characters that reorder a line.
 _UNPRINTABLE = re.compile(
@@ -136,7 +136,7 @@ def picture(figure: Figure, caption: str) -> str:
     The letters are drawn as outlines: the page looks the same where their font is missing.
     """
     content = io.BytesIO()
-    with _style(), matplotlib.rc_context({"svg.fonttype": "path"}), warnings.catch_warnings():
+    with print_style(), matplotlib.rc_context({"svg.fonttype": "path"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box is drawn
         figure.draw_without_rendering()  # the layout takes two passes to settle
         figure.savefig(content, format="svg", metadata={"Date": None})

@@ -71,7 +71,8 @@ def shares_by_bit(campaign: Campaign, t: float = 2.58) -> list[Part]:
     width = word_bits(fault_dtype(faults))
     bits = [bit for bit in reversed(range(width)) if (faults.bit == bit).any()]
     return [
-        _part(campaign, str(bit), faults.bit == bit, faults.population // width, t) for bit in bits
+        _part(campaign, str(bit), faults.bit == bit, faults.population_of(bit=bit), t)
+        for bit in bits
     ]
 
 
@@ -92,7 +93,7 @@ def shares_by_layer(
     parts = []
     for name in names:
         if (layer == name).any():
-            population = _population(faults, layer_of_leaf == name)
+            population = faults.population_of(np.flatnonzero(layer_of_leaf == name))
             parts.append(_part(campaign, name, layer == name, population, t))
     return parts
 
@@ -104,15 +105,6 @@ def layer_name(path: str) -> str:
     ('layer1/conv1', 'scale')
     """
     return path.rpartition("/")[0] or path
-
-
-def _population(faults: FaultList, leaves: np.ndarray) -> int:
-    """Possible faults of some leaves: elements x word bits x 2 transitions."""
-    numbers = np.flatnonzero(leaves)
-    return sum(
-        int(np.prod(faults.shapes[n], dtype=object)) * word_bits(faults.dtypes[n]) * 2
-        for n in numbers
-    )
 
 
 def _part(campaign: Campaign, name: str, rows: np.ndarray, population: int, t: float) -> Part:

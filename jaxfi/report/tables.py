@@ -64,7 +64,7 @@ def table_row(
     Args:
       campaign: F faults, N images.
       dataset, model, loss, optimizer, epochs, alpha: what was trained; see `TableRow`.
-      population: number of possible faults the list was drawn from; None means infinitely many.
+      population: possible faults; None is those that the list was drawn from.
       t: half-width of the intervals in standard errors; 2.58 is 99 %.
     """
     num_faults, num_images = campaign.outcomes.shape

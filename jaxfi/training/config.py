@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxfi.augment import AffineRanges, check_ranges
@@ -36,11 +37,14 @@ class TrainConfig:
     t_max: int | None = None
     """Epochs of half a cosine of "cosine"; None is all."""
     factor: float = 0.1
-    """Factor of "plateau", which watches the test loss, as the study did."""
+    """Factor of "plateau", which watches the test loss, as the study did, or `held_out`."""
     patience: int = 3
     """Bad epochs that "plateau" tolerates."""
     threshold: float = 1e-3
     """Relative improvement that "plateau" counts as one."""
+    held_out: float = 0.0
+    """Share of the training images, the last ones, that are not trained on: "plateau" watches their
+    loss in place of the test images'."""
     augment: AffineRanges | None = AffineRanges()
     """None leaves the images as they are."""
     seed: int = 0
@@ -65,6 +69,7 @@ class TrainConfig:
             value = getattr(self, name)
             positive = value is None or (math.isfinite(value) and value > 0)
             self._require(name, positive, "finite numbers > 0")
+        self._require("held_out", 0 <= self.held_out < 1, "numbers from 0 to below 1")
         if self.augment is not None:
             check_ranges(self.augment)
 
@@ -81,8 +86,8 @@ _NAMES = {
 }
 
 
-def learning_rate_of_epoch(config: TrainConfig, epoch: int, test_losses: list[float]) -> float:
-    """The learning rate of `epoch`, from 0, given the test losses of the epochs before it."""
+def learning_rate_of_epoch(config: TrainConfig, epoch: int, losses: Sequence[float]) -> float:
+    """The learning rate of `epoch`, from 0, given the losses that "plateau" watched before it."""
     first = config.learning_rate
     if first is None:
         first = default_learning_rate(config.optimizer)
@@ -91,14 +96,14 @@ def learning_rate_of_epoch(config: TrainConfig, epoch: int, test_losses: list[fl
     if config.schedule == "cosine":
         return cosine_annealing(first, epoch, config.t_max or config.epochs)
     if config.schedule == "plateau":
-        return _plateau(config, first, test_losses)
+        return _plateau(config, first, losses)
     return first
 
 
-def _plateau(config: TrainConfig, first: float, test_losses: list[float]) -> float:
+def _plateau(config: TrainConfig, first: float, losses: Sequence[float]) -> float:
     # Replayed from the history, so that there is no state to keep in a checkpoint.
     state = PlateauState(first)
-    for loss in test_losses:
+    for loss in losses:
         state = reduce_on_plateau(
             state,
             loss,

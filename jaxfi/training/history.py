@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxfi.files import write_whole
+import jax
+import numpy as np
+
+from jaxfi.files import write_csv, write_whole, writing
+from jaxfi.training.events import scalar_events
 
 
 class EpochRecord(NamedTuple):
@@ -27,23 +31,53 @@ class EpochRecord(NamedTuple):
     test_accuracy: float
     seconds: float
     """Wall time of the epoch; of a resumed one, that since the resumption."""
+    weight_mean: float | None = None
+    """Over all weights at the epoch's end, as the next two; see `weight_statistics`."""
+    weight_std: float | None = None
+    weight_l2: float | None = None
+    held_out_loss: float | None = None
+    """Mean cross-entropy of the held-out training images, if any."""
+
+
+class WeightStatistics(NamedTuple):
+    """Of all weights of a network together, in float64."""
+
+    mean: float
+    std: float
+    """Population standard deviation."""
+    l2: float
+    """The Euclidean norm."""
+
+
+def weight_statistics(params: Any) -> WeightStatistics:
+    """Mean, standard deviation and norm of the weights: the arrays of two axes or more (kernels).
+
+    Biases and BatchNorm's parameters, which have one axis, are no weights.
+
+    >>> weight_statistics({"kernel": np.array([[3.0], [-3.0]]), "bias": np.ones(1)})
+    WeightStatistics(mean=0.0, std=3.0, l2=4.242640687119285)
+    """
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(jax.device_get(params))]
+    kernels = [leaf for leaf in leaves if leaf.ndim >= 2]
+    count = sum(leaf.size for leaf in kernels)
+    mean = sum(leaf.sum() for leaf in kernels) / count
+    spread = sum(np.square(leaf - mean).sum() for leaf in kernels)
+    squares = sum(np.square(leaf).sum() for leaf in kernels)
+    return WeightStatistics(float(mean), math.sqrt(spread / count), math.sqrt(squares))
 
 
 def write_history(history: Sequence[EpochRecord], workdir: Path) -> None:
     """Writes `workdir`/training.csv, whole."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(EpochRecord._fields)
-    writer.writerows(history)
-    write_whole(workdir / "training.csv", text.getvalue().encode())
+    write_csv(workdir / "training.csv", EpochRecord._fields, history)
 
 
 def write_tensorboard(history: Sequence[EpochRecord], workdir: Path) -> None:
-    """Writes the last record to `workdir`/tensorboard; points of undone epochs are purged."""
-    from tensorboardX import SummaryWriter
-
+    """Writes the last record to `workdir`/tensorboard, whole; an epoch done again replaces it."""
     record = history[-1]
-    with SummaryWriter(str(workdir / "tensorboard"), purge_step=record.epoch) as writer:
-        for name, value in record._asdict().items():
-            if name != "epoch":
-                writer.add_scalar(name, value, record.epoch)
+    scalars = {n: v for n, v in record._asdict().items() if n != "epoch" and v is not None}
+    folder = workdir / "tensorboard"
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    # TensorBoard reads the files of a folder in the order of their names.
+    path = folder / f"events.out.tfevents.{record.epoch:010d}.jaxfi"
+    write_whole(path, scalar_events(record.epoch, time.time(), scalars))

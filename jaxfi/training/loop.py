@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +16,21 @@ from flax import linen as nn
 from rich import progress as rich_progress
 
 from jaxfi.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
-from jaxfi.data import Dataset
+from jaxfi.data import Dataset, hold_out
 from jaxfi.files import write_whole, writing
 from jaxfi.training.config import TrainConfig, learning_rate_of_epoch
-from jaxfi.training.history import EpochRecord, write_history, write_tensorboard
+from jaxfi.training.history import (
+    EpochRecord,
+    weight_statistics,
+    write_history,
+    write_tensorboard,
+)
 from jaxfi.training.plan import choose_plan
 from jaxfi.training.step import (
     Batches,
     Plan,
     RunSteps,
+    Totals,
     TrainState,
     initial_state,
     make_evaluate,
@@ -33,6 +39,9 @@ from jaxfi.training.step import (
 )
 
 SETTINGS_FILE = "training.json"
+
+Images = tuple[Any, Any]
+"""`[N, H, W, C] uint8` and labels `[N] int32`."""
 
 
 class TrainResult(NamedTuple):
@@ -77,11 +86,7 @@ def train(
     `workdir` cannot be written.
     """
     config.validate()
-    if config.batch_size > len(dataset.train_labels):
-        raise ValueError(
-            f"batch_size is {config.batch_size}; "
-            f"allowed: up to the {len(dataset.train_labels)} training images"
-        )
+    dataset, held_out = split(dataset, config)
     folder = None if workdir is None else Path(workdir)
     settings = _claim(folder, dataset, config) if folder else {}
     state, position = _start(model, dataset, config, variables, folder)
@@ -89,7 +94,7 @@ def train(
     if folder and "plan" not in settings:
         _write_settings(folder, settings | {"plan": plan._asdict()})
     with _progress_bar(progress, config, dataset) as show:
-        run = _Run(model, dataset, config, folder, plan, run_steps, show)
+        run = _Run(model, dataset, held_out, config, folder, plan, run_steps, show)
         state = run.to_the_end(state, position)
     return TrainResult(_variables(state), position.history, plan)
 
@@ -101,6 +106,7 @@ class _Run:
         self,
         model: nn.Module,
         dataset: Dataset,
+        held_out: Images,
         config: TrainConfig,
         folder: Path | None,
         plan: Plan,
@@ -111,6 +117,7 @@ class _Run:
         self.run_steps = run_steps
         self.train_set = jax.device_put((dataset.train_images, dataset.train_labels))
         self.test_set = jax.device_put((dataset.test_images, dataset.test_labels))
+        self.held_out = jax.device_put(held_out)
         self.steps_per_epoch = len(dataset.train_labels) // config.batch_size
         batch_size = min(config.test_batch_size, len(dataset.test_labels))
         self.evaluate = make_evaluate(model, dataset.mean, dataset.std, batch_size)
@@ -128,8 +135,7 @@ class _Run:
         return state
 
     def epoch(self, state: TrainState, position: _Position) -> TrainState:
-        losses = [record.test_loss for record in position.history]
-        rate = jnp.float32(learning_rate_of_epoch(self.config, position.epoch, losses))
+        rate = jnp.float32(next_learning_rate(self.config, position.history))
         batches = epoch_batches(self.train_set, self.config.seed, position.epoch)
         while position.step < self.steps_per_epoch:
             stop = min(position.step + self.plan.steps_per_call, self.steps_per_epoch)
@@ -152,13 +158,17 @@ class _Run:
             )
 
     def finish_epoch(self, state: TrainState, position: _Position, started: float) -> TrainState:
-        accuracy, loss = self.evaluate(state.params, state.statistics, *self.test_set)
         best = max((record.test_accuracy for record in position.history), default=-1.0)
-        record = self.record(state, position, accuracy, loss, time.perf_counter() - started)
+        record = epoch_record(
+            self.config, position.history, state.params, state.totals, self.steps_per_epoch,
+            test=self.evaluate(state.params, state.statistics, *self.test_set),
+            held_out=self.evaluate_held_out(state),
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
         position.history.append(record)
         position.epoch, position.step = position.epoch + 1, 0
         state = state._replace(totals=zero_totals())
-        if accuracy > best:
+        if record.test_accuracy > best:
             self.best = jax.device_get(state) if self.folder else None
         if self.folder:
             write_history(position.history, self.folder)
@@ -167,21 +177,10 @@ class _Run:
         self.save_if_due(state, position)
         return state
 
-    def record(
-        self, state: TrainState, position: _Position, accuracy: float, loss: float, seconds: float
-    ) -> EpochRecord:
-        losses = [record.test_loss for record in position.history]
-        return EpochRecord(
-            epoch=position.epoch + 1,
-            learning_rate=learning_rate_of_epoch(self.config, position.epoch, losses),
-            train_loss=float(state.totals.loss) / self.steps_per_epoch,
-            penalty=float(state.totals.penalty) / self.steps_per_epoch,
-            train_accuracy=int(state.totals.correct)
-            / (self.steps_per_epoch * self.config.batch_size),
-            test_loss=loss,
-            test_accuracy=accuracy,
-            seconds=seconds,
-        )
+    def evaluate_held_out(self, state: TrainState) -> float | None:
+        if not len(self.held_out[1]):
+            return None
+        return self.evaluate(state.params, state.statistics, *self.held_out)[1]
 
     def save_if_due(self, state: TrainState, position: _Position) -> None:
         if self.folder and time.monotonic() - self.saved_at >= self.config.checkpoint_every:
@@ -199,6 +198,55 @@ class _Run:
             self.best = None
         save_checkpoint(checkpoints / "last", _to_tree(state), dataclasses.asdict(position))
         self.saved_at, self.is_saved = time.monotonic(), True
+
+
+def split(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Images]:
+    """What is trained on, and the held-out images and labels, none if `config` says so.
+
+    Raises ValueError if a batch takes more images than there are.
+    """
+    dataset, held_out = hold_out(dataset, config.held_out)
+    if config.batch_size > len(dataset.train_labels):
+        raise ValueError(
+            f"batch_size is {config.batch_size}; "
+            f"allowed: up to the {len(dataset.train_labels)} training images"
+        )
+    return dataset, held_out
+
+
+def next_learning_rate(config: TrainConfig, history: Sequence[EpochRecord]) -> float:
+    """The learning rate of the epoch that comes after `history`."""
+    watched = [r.test_loss if r.held_out_loss is None else r.held_out_loss for r in history]
+    return learning_rate_of_epoch(config, len(history), watched)
+
+
+def epoch_record(
+    config: TrainConfig,
+    history: Sequence[EpochRecord],
+    params: Any,
+    totals: Totals,
+    num_steps: int,
+    *,
+    test: tuple[float, float],
+    held_out: float | None,
+    seconds: float,
+) -> EpochRecord:
+    """The record that follows `history`; `test` is accuracy and loss, `held_out` a loss."""
+    weights = weight_statistics(params)
+    return EpochRecord(
+        epoch=len(history) + 1,
+        learning_rate=next_learning_rate(config, history),
+        train_loss=float(totals.loss) / num_steps,
+        penalty=float(totals.penalty) / num_steps,
+        train_accuracy=int(totals.correct) / (num_steps * config.batch_size),
+        test_loss=test[1],
+        test_accuracy=test[0],
+        seconds=seconds,
+        weight_mean=weights.mean,
+        weight_std=weights.std,
+        weight_l2=weights.l2,
+        held_out_loss=held_out,
+    )
 
 
 def epoch_batches(train_set: tuple[jax.Array, jax.Array], seed: int, epoch: int) -> Batches:
@@ -280,7 +328,8 @@ def _claim(folder: Path, dataset: Dataset, config: TrainConfig) -> dict[str, Any
         return {"config": wanted}
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        stored = dict(settings["config"])
+        # What a training of an older jaxfi could not set had its default.
+        stored = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | settings["config"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged or foreign: use another folder") from None
     for name in wanted | stored:

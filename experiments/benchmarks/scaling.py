@@ -1,0 +1,194 @@
+"""Networks of ImageNet's size on paper: arithmetic, memory and hours of a campaign, planned only.
+
+    python -m experiments.benchmarks.scaling
+    python -m experiments.benchmarks.scaling --num_images=10000 --batch_size=64
+
+The engine's own plan (`jaxfi.explain`) is made from shapes: no parameter is allocated and nothing
+is compiled or run. Everything else here is an assumption, and a flag.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import linen as nn
+
+from experiments.config import parse_flags
+from jaxfi.explain import LeafCost, explain
+from jaxfi.plan import network_arithmetic
+from jaxfi.sampling import fault_population, sample_faults, sample_size
+from jaxfi.slicing import trace_network
+
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 50_000, "Images of the campaign.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images per batch.")
+_MARGIN = flags.DEFINE_float("margin", 0.01, "Sets the number of faults.")
+_SURVIVING = flags.DEFINE_float("surviving", 1.0, "Share of pairs that need the suffix.")
+_PEAK = flags.DEFINE_float("peak", 67e12, "Operations a second of a device: H200, float32.")
+_REACHED = flags.DEFINE_float("reached", 0.5, "Share of the peak that is reached.")
+_MEMORY = flags.DEFINE_float("memory", 141e9, "Bytes of a device: H200.")
+_COMPILATION = flags.DEFINE_float("compilation", 20.0, "Seconds to compile one leaf's programs.")
+_DEVICES = (1, 8, 256)
+_CLASSES = 1000
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions with BatchNorm, and a shortcut around them."""
+
+    features: int
+    strides: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shortcut = x
+        for kernel, strides, features in ((1, 1, 1), (3, self.strides, 1), (1, 1, 4)):
+            x = nn.Conv(features * self.features, (kernel, kernel), strides, use_bias=False)(x)
+            x = nn.BatchNorm(use_running_average=True)(x)
+            x = nn.relu(x) if features == 1 else x
+        if shortcut.shape != x.shape:
+            shortcut = nn.Conv(4 * self.features, (1, 1), self.strides, use_bias=False)(shortcut)
+            shortcut = nn.BatchNorm(use_running_average=True)(shortcut)
+        return nn.relu(x + shortcut)
+
+
+class ResNet50(nn.Module):
+    """He et al., CVPR 2016, with the stride on the 3x3 convolution: 25,557,032 parameters."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Conv(64, (7, 7), 2, padding=3, use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            for block in range(blocks):
+                x = Bottleneck(64 * 2**stage, 2 if stage and not block else 1)(x)
+        return nn.Dense(_CLASSES)(x.mean(axis=(1, 2)))
+
+
+class VisionTransformer(nn.Module):
+    """ViT-B/16, Dosovitskiy et al., ICLR 2021: 86,567,656 parameters."""
+
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Conv(self.width, (16, 16), 16)(x).reshape(x.shape[0], -1, self.width)
+        token = self.param("token", nn.initializers.zeros, (1, 1, self.width))
+        x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
+        x = x + self.param("position", nn.initializers.zeros, (1, x.shape[1], self.width))
+        for _ in range(self.layers):
+            x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+            hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(hidden)
+        return nn.Dense(_CLASSES)(nn.LayerNorm()(x)[:, 0])
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "ResNet50": ResNet50,
+    "ViT-B/16": VisionTransformer,
+}
+
+
+class Plan(NamedTuple):
+    """What a campaign on a network takes, by the engine's plan.
+
+    Attributes:
+      num_parameters, num_faults: of the network; of the campaign.
+      network: operations of one image through the network.
+      costs: each leaf's.
+      golden: operations of the golden values that all leaves start from, all images.
+      columns, suffix: operations of the columns; of the suffix if every pair survives.
+      largest: bytes of the golden values of one batch, of the leaf that has most.
+    """
+
+    num_parameters: int
+    num_faults: int
+    network: float
+    costs: list[LeafCost]
+    golden: float
+    columns: float
+    suffix: float
+    largest: int
+
+    def operations(self, surviving: float) -> float:
+        """Of the whole campaign, if this share of the pairs needs the suffix."""
+        return self.golden + self.columns + surviving * self.suffix
+
+
+def plan_campaign(module: nn.Module, num_images: int, batch_size: int, margin: float) -> Plan:
+    """Plans a campaign on images of 224 x 224 from shapes alone."""
+    images = jax.ShapeDtypeStruct((num_images, 224, 224, 3), jnp.float32)
+    batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
+    variables = jax.eval_shape(module.init, jax.random.key(0), batch)
+    # Running statistics are not faulted; here they have no values, so zeros stand for them.
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
+    params = variables["params"]
+
+    def apply_fn(params: Any, images: jax.Array) -> jax.Array:
+        return module.apply({"params": params, **rest}, images)
+
+    num_faults = sample_size(fault_population(params), margin)
+    faults = sample_faults(0, params, num_faults)
+    costs = explain(apply_fn, params, images, faults, batch_size=batch_size)
+    network = network_arithmetic(trace_network(apply_fn, params, batch)) / batch_size
+    pairs = network * num_images
+    return Plan(
+        num_parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)),
+        num_faults=num_faults,
+        network=network,
+        costs=costs,
+        golden=pairs * sum((1 - cost.suffix) for cost in costs if cost.num_faults),
+        columns=pairs * sum(cost.num_faults * cost.columns for cost in costs),
+        suffix=pairs * sum(cost.num_faults * cost.suffix for cost in costs),
+        largest=max(cost.golden_bytes for cost in costs),
+    )
+
+
+def hours(plan: Plan, num_devices: int) -> float:
+    """Of the campaign, compilation included."""
+    computing = plan.operations(_SURVIVING.value) / (_PEAK.value * _REACHED.value * num_devices)
+    leaves = sum(cost.num_faults > 0 for cost in plan.costs)
+    # A device compiles the leaves that it meets: with many devices, about one a block.
+    compiling = _COMPILATION.value * min(leaves, max(4.0, leaves / num_devices))
+    return (computing + compiling) / 3600
+
+
+def print_plan(name: str, plan: Plan) -> None:
+    rerun = plan.network * plan.num_faults * _NUM_IMAGES.value
+    budget = 0.7 * _MEMORY.value / 4
+    methods = [cost.method for cost in plan.costs]
+    print(f"\n{name}: {plan.num_parameters:,} parameters, {plan.num_faults:,} faults")
+    print(f"  operations of one image             {plan.network:.3g}")
+    print(f"  of re-execution of every pair       {rerun:.3g}")
+    print(f"  golden values                       {plan.golden / rerun:.2%} of that")
+    print(f"  columns                             {plan.columns / rerun:.2%}")
+    print(f"  suffix, if every pair survives      {plan.suffix / rerun:.2%}")
+    print(f"  leaves by columns, slice            {methods.count('columns')}, "
+          f"{methods.count('slice')}")  # fmt: skip
+    print(f"  golden values of one batch          at most {plan.largest / 2**30:.2f} GiB")
+    print(f"  batches of them kept at once        {int(budget // max(1, plan.largest))}")
+    for devices in _DEVICES:
+        print(f"  hours on {devices:3} devices                {hours(plan, devices):,.1f}")
+    for cost in plan.costs:
+        if cost.method == "slice" and cost.num_faults:
+            print(f"  slice: {cost.path}: {cost.reason}")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+    for name, make in NETWORKS.items():
+        plan = plan_campaign(make(), _NUM_IMAGES.value, _BATCH_SIZE.value, _MARGIN.value)
+        print_plan(name, plan)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

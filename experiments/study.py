@@ -1,0 +1,71 @@
+"""What the two experiments of the training-strategies study share."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from flax import linen as nn
+
+from experiments.config import config_from_flags, define_flags, parse_flags
+from jaxfi.data import Dataset, normalise
+from jaxfi.faults import PyTree
+from jaxfi.slicing import ApplyFn
+
+
+def apply_function(module: nn.Module) -> ApplyFn:
+    """The network as a function of its variables, so that one compilation serves all trainings."""
+
+    def apply_fn(variables: PyTree, images: jax.Array) -> jax.Array:
+        return module.apply(variables, images, train=False)
+
+    return apply_fn
+
+
+def injected_images(dataset: Dataset, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `num_images` test images, normalised, and their labels; 0 is all."""
+    chosen = slice(num_images or None)
+    images = normalise(dataset.test_images[chosen], dataset.mean, dataset.std)
+    return images, dataset.test_labels[chosen]
+
+
+def require(settings: Any, name: str, condition: bool, allowed: str) -> None:
+    """Raises ValueError, in one line, for a setting that is not allowed."""
+    if not condition:
+        raise ValueError(f"{name} is {getattr(settings, name)!r}; allowed: {allowed}")
+
+
+def integers(settings: Any, name: str) -> list[int]:
+    """The setting called `name`, a list of texts, as integers >= 0."""
+    texts = getattr(settings, name)
+    require(settings, name, all(text.isdecimal() for text in texts), "integers >= 0")
+    return [int(text) for text in texts]
+
+
+def run_from_flags(run: Callable[[Any, Path], Any], settings: type) -> None:
+    """A command line for `run(settings, workdir)`; exits with one line that says what is wrong."""
+
+    def main(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+        if not flags.FLAGS.workdir:
+            sys.exit("error: --workdir is missing: give the folder for the results")
+        logging.set_verbosity(logging.WARNING)  # matplotlib tells of every glyph
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+        try:
+            run(config_from_flags(flags.FLAGS, settings), Path(flags.FLAGS.workdir))
+        except (ValueError, TypeError, OSError, FloatingPointError) as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")
+        except KeyboardInterrupt:
+            sys.exit("stopped: what is finished is saved; the same command continues it")
+
+    assert dataclasses.is_dataclass(settings)
+    define_flags(flags.FLAGS, settings)
+    app.run(main, flags_parser=parse_flags)

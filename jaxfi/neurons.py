@@ -1,0 +1,220 @@
+"""Faults in the outputs of a layer's neurons, in a network that was written without them.
+
+A layer is named by the path of the module that holds its leaves. Its output is what a PyTorch
+forward hook on it would see: the result of the last operation that joins the layer's own leaves
+with what depends on the images (of a convolution with bias: after the bias, before the ReLU).
+
+`neuron_outputs` gives the neurons as a tree, so that a `FaultList` can name them: a crashed neuron
+is the fault model "zero", a Byzantine one "value", and an output word can have a bit flipped or
+stuck. `inject_neurons` puts such faults into a traced network. `with_neuron_words` makes a network
+whose neuron faults are faults in extra leaves, for `run_campaign`.
+
+>>> def apply_fn(params, images):
+...     return jnp.maximum(images @ params["first"]["w"], 0) @ params["last"]["w"]
+>>> params = {"first": {"w": jnp.eye(2)}, "last": {"w": jnp.eye(2)}}
+>>> images = jnp.array([[1.0, 2.0]])
+>>> neurons = neuron_outputs(apply_fn, params, images)
+>>> crash = FaultList.from_sites([("first", (1,), None)], neurons, model="zero")
+>>> inject_neurons(apply_fn, neurons, crash.fault(0))(params, images).tolist()
+[[1.0, 0.0]]
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from jaxfi.arithmetic import IMAGES, leaf_sources
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import (
+    BIT_MODELS,
+    FAULT_MODELS,
+    Fault,
+    PyTree,
+    corrupt,
+    leaf_paths,
+    to_words,
+    word_dtype,
+)
+from jaxfi.slicing import ApplyFn, Network, bind, read, trace_network, variables
+
+Neurons = dict[str, jax.ShapeDtypeStruct]
+"""Shape and dtype of a layer's neurons by the layer's path, sorted as trees are."""
+
+_OVERRIDE, _FLIP = "override", "flip"
+
+
+def neuron_outputs(
+    apply_fn: ApplyFn, params: PyTree, images: Any, *, layers: str = "*", per_image: bool = False
+) -> Neurons:
+    """The neurons that can be faulty, as a tree for `FaultList` and `sample_faults`.
+
+    Args:
+      apply_fn: pure; maps `params` and images [batch, ...] to outputs [batch, classes].
+      params: the parameter tree.
+      images: one batch, or its shape and dtype.
+      layers: pattern (fnmatch) of layer paths.
+      per_image: a leaf has the shape [batch, ...] of the layer's output, so that a fault names one
+        image of the batch too; else that of one image's neurons, and a fault hits them for all.
+
+    Raises ValueError if no layer matches, or one that does has no leading axis of images.
+    """
+    network = trace_network(apply_fn, params, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    outputs = {name: var for var, name in layer_outputs(network).items()}
+    chosen = sorted(name for name in outputs if fnmatch.fnmatchcase(name, layers))
+    if not chosen:
+        raise ValueError(f"no layer matches {layers!r}: the layers are {', '.join(outputs)}")
+    for name in chosen:
+        if network.batch_axis[outputs[name]] != 0:
+            raise ValueError(f"the output of layer {name} does not have the images' axis first")
+    first = 0 if per_image else 1
+    avals: dict[str, Any] = {name: outputs[name].aval for name in chosen}
+    return {
+        name: jax.ShapeDtypeStruct(aval.shape[first:], aval.dtype) for name, aval in avals.items()
+    }
+
+
+def inject_neurons(
+    apply_fn: ApplyFn, neurons: Neurons, fault: Fault, *, per_image: bool = False
+) -> ApplyFn:
+    """`apply_fn` with faults in its neurons: pure, jit-able, and vmap-able over `fault`.
+
+    Args:
+      apply_fn: as in `neuron_outputs`.
+      neurons: what `neuron_outputs` gave, with the same `per_image`.
+      fault: of a `FaultList` on `neurons`: scalars, or [K] faults together in distinct neurons.
+        With `per_image`, K faults can hit K images differently.
+    """
+
+    def change(layer: str, output: jax.Array) -> jax.Array:
+        if layer not in neurons:
+            return output
+        number, size = list(neurons).index(layer), np.prod(neurons[layer].shape, dtype=np.int32)
+        element = jnp.where(fault.leaf == number, fault.element, size)  # out of range: no-op
+        if per_image:
+            return corrupt(output, element, fault.keep, fault.flip)
+        return jax.vmap(lambda one: corrupt(one, element, fault.keep, fault.flip))(output)
+
+    return transform_outputs(apply_fn, change)
+
+
+def with_neuron_words(
+    apply_fn: ApplyFn, params: PyTree, neurons: Neurons, *, per_image: bool = False
+) -> tuple[ApplyFn, PyTree]:
+    """A network and its parameters in which faults in extra leaves are faults in neurons.
+
+    The parameters are `{"params": params, "neurons": ...}`; each layer of `neurons` has a leaf
+    "override", which a neuron's output is replaced with unless it holds all ones, and a leaf
+    "flip", words that its output is xored with. Without faults both change nothing.
+    `neuron_faults` turns faults in neurons into faults in these leaves.
+
+    With `per_image` the network takes batches of the size that `neurons` has.
+    """
+    words = {
+        name: {
+            _OVERRIDE: jnp.asarray(_all_ones(shape.dtype, shape.shape)),
+            _FLIP: jnp.zeros(shape.shape, word_dtype(shape.dtype)),
+        }
+        for name, shape in neurons.items()
+    }
+
+    def faulty(tree: PyTree, images: jax.Array) -> jax.Array:
+        def change(layer: str, output: jax.Array) -> jax.Array:
+            if layer not in tree["neurons"]:
+                return output
+            here = tree["neurons"][layer]
+            override, flip = to_words(here[_OVERRIDE]), here[_FLIP]
+            if not per_image:
+                override, flip = override[None], flip[None]
+            kept = override == np.array(-1).astype(override.dtype)
+            changed = jnp.where(kept, to_words(output), override) ^ flip
+            return lax.bitcast_convert_type(changed, output.dtype)
+
+        return transform_outputs(apply_fn, change)(tree["params"], images)
+
+    return faulty, {"params": params, "neurons": words}
+
+
+def neuron_faults(faults: FaultList, tree: PyTree) -> FaultList:
+    """Faults in neurons as faults in the leaves that `with_neuron_words` added.
+
+    Args:
+      faults: on the tree of `neuron_outputs`; models "zero", "value" and "bit-flip".
+      tree: the parameters of `with_neuron_words`.
+
+    Raises ValueError for another model.
+    """
+    names = np.array(FAULT_MODELS)[faults.model]
+    unknown = sorted(set(names.tolist()) - {"zero", "value", "bit-flip"})
+    if unknown:
+        raise ValueError(f"fault model {unknown[0]!r}: allowed are zero, value and bit-flip")
+    places = {path: number for number, path in enumerate(leaf_paths(tree))}
+    has_bit = np.isin(names, BIT_MODELS)
+    leaf = [
+        places[f"neurons/{faults.paths[number]}/{_FLIP if bit else _OVERRIDE}"]
+        for number, bit in zip(faults.leaf, has_bit, strict=True)
+    ]
+    return FaultList.from_arrays(tree, leaf, faults.element, faults.bit, faults.model, faults.value)
+
+
+def with_random_values(faults: FaultList, seed: int, low: float, high: float) -> FaultList:
+    """The same sites as Byzantine neurons: each writes a value of its own, uniform in a range.
+
+    Raises ValueError unless low < high, both finite.
+    """
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(f"values from {low} to {high}: allowed are finite numbers, low < high")
+    values = np.random.default_rng(seed).uniform(low, high, len(faults))
+    tree = {
+        path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for path, shape, dtype in zip(faults.paths, faults.shapes, faults.dtypes, strict=True)
+    }
+    return FaultList.from_arrays(tree, faults.leaf, faults.element, -1, "value", values)
+
+
+def transform_outputs(apply_fn: ApplyFn, change: Callable[[str, jax.Array], jax.Array]) -> ApplyFn:
+    """`apply_fn` with each layer's output replaced by `change(layer, output)`."""
+
+    def changed(params: PyTree, images: jax.Array) -> jax.Array:
+        shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
+        network = trace_network(apply_fn, params, shape)
+        outputs = layer_outputs(network)
+        leaves = zip(network.leaves, jax.tree.leaves(params), strict=True)
+        env = {**network.given, **dict(leaves), network.image: images}
+        for equation in network.equations:
+            results = bind(equation, [read(env, value) for value in equation.invars])
+            for var, result in zip(equation.outvars, results, strict=True):
+                env[var] = change(outputs[var], result) if var in outputs else result
+        return read(env, network.output)
+
+    return changed
+
+
+def layer_outputs(network: Network) -> Mapping[core.Var, str]:
+    """The variable that is each layer's output, with the layer's path.
+
+    A leaf that is in no module is a layer of its own.
+    """
+    sources = leaf_sources(network)
+    last: dict[str, core.Var] = {}
+    for equation in network.equations:
+        operands = [sources.get(var, frozenset()) for var in variables(equation.invars)]
+        own = frozenset().union(*(source for source in operands if IMAGES not in source))
+        if any(IMAGES in source for source in operands):
+            for leaf in own:
+                path = network.paths[leaf]
+                last[path.rpartition("/")[0] or path] = equation.outvars[0]
+    return {var: layer for layer, var in last.items()}
+
+
+def _all_ones(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Words of ones, as the dtype: a NaN that no arithmetic gives."""
+    word = word_dtype(dtype)
+    return np.full(shape, np.iinfo(word).max, word).view(jnp.dtype(dtype))

@@ -1,0 +1,217 @@
+"""Neuron faults against PyTorch's forward hooks, and through campaigns."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+
+from jaxfi.campaign import run_campaign
+from jaxfi.fault_list import FaultList
+from jaxfi.models.layers import BatchNorm, convolution, dense
+from jaxfi.neurons import (
+    inject_neurons,
+    neuron_faults,
+    neuron_outputs,
+    with_neuron_words,
+    with_random_values,
+)
+from jaxfi.sampling import sample_faults
+
+BATCH = 6
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.relu(convolution(x, 3, name="conv1", use_bias=True))
+        x = nn.relu(BatchNorm(name="bn1")(convolution(x, 4, name="conv2"), train))
+        return dense(x.mean((1, 2)), 5, name="fc")
+
+
+class TorchNetwork(torch.nn.Module):
+    def __init__(self, variables):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(1, 3, 3, padding=1)
+        self.conv2 = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(4)
+        self.fc = torch.nn.Linear(4, 5)
+        state = {}
+        for name, leaves in variables["params"].items():
+            for leaf, value in leaves.items():
+                value = torch.tensor(np.asarray(value))
+                if leaf == "kernel":
+                    value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+                state[f"{name}.{leaf if leaf == 'bias' else 'weight'}"] = value
+        self.load_state_dict(state, strict=False)
+        self.eval()
+
+    def forward(self, x):
+        x = torch.relu(self.conv1(x))
+        x = torch.relu(self.bn1(self.conv2(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict:
+    found = Network().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    scale = {"scale": jnp.array([0.5, 1, 2, 1.5]), "bias": jnp.array([0.1, 0, -0.2, 0.3])}
+    return {**found, "params": {**found["params"], "bn1": scale}}
+
+
+@pytest.fixture(scope="module")
+def apply_fn(variables):
+    def apply(params, images):
+        return Network().apply({**variables, "params": params}, images)
+
+    return apply
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(BATCH, 8, 8, 1)).astype(np.float32)
+
+
+def hooked(variables, images, layer: str, write) -> np.ndarray:
+    """PyTorch's outputs with `write(output)` applied in a forward hook, channels last."""
+    network = TorchNetwork(variables)
+
+    def hook(module, inputs, output):
+        moved = output.permute(0, 2, 3, 1).contiguous() if output.ndim == 4 else output.clone()
+        write(moved.numpy())
+        return moved.permute(0, 3, 1, 2) if output.ndim == 4 else moved
+
+    getattr(network, layer).register_forward_hook(hook)
+    with torch.no_grad():
+        return network(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+
+
+SITES = [("conv1", (2, 3, 1)), ("conv2", (0, 0, 3)), ("bn1", (7, 7, 0)), ("fc", (4,))]
+
+
+@pytest.mark.parametrize("layer, index", SITES)
+@pytest.mark.parametrize("model, bit, value", [
+    ("zero", None, None), ("value", None, 7.5), ("bit-flip", 30, None), ("bit-flip", 22, None),
+])  # fmt: skip
+def test_neuron_faults_equal_a_forward_hook(
+    layer, index, model, bit, value, variables, apply_fn, images
+):
+    neurons = neuron_outputs(apply_fn, variables["params"], images)
+    faults = FaultList.from_sites([(layer, index, bit)], neurons, model=model, value=value)
+    faulty = jax.jit(inject_neurons(apply_fn, neurons, faults.fault(0)))
+
+    def write(output):
+        where = (slice(None), *index)
+        words = output.view(np.uint32)
+        words[where] = {
+            "zero": lambda w: np.zeros_like(w),
+            "value": lambda w: np.full_like(w, np.float32(7.5).view(np.uint32)),
+            "bit-flip": lambda w: w ^ np.uint32(1 << (bit or 0)),
+        }[model](words[where])
+
+    expected = hooked(variables, images, layer, write)
+    ours = np.asarray(faulty(variables["params"], images))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    clean = np.asarray(apply_fn(variables["params"], images))
+    assert not np.array_equal(ours, clean)
+
+
+def test_each_image_has_its_own_fault(variables, apply_fn, images):
+    neurons = neuron_outputs(apply_fn, variables["params"], images, per_image=True)
+    assert neurons["conv1"].shape == (BATCH, 8, 8, 3)
+    indices = [(image, image, 7 - image, image % 3) for image in range(BATCH)]
+    faults = FaultList.from_sites([("conv1", index, None) for index in indices], neurons,
+                                  model="value", value=9.0)  # fmt: skip
+    faulty = inject_neurons(apply_fn, neurons, faults.batch(), per_image=True)
+
+    def write(output):
+        for index in indices:
+            output[index] = 9.0
+
+    expected = hooked(variables, images, "conv1", write)
+    ours = faulty(variables["params"], images)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_faults_no_bit_changes(variables, apply_fn, images):
+    neurons = neuron_outputs(apply_fn, variables["params"], images)
+    faulty, tree = with_neuron_words(apply_fn, variables["params"], neurons)
+    clean = jax.jit(apply_fn)(variables["params"], images)
+    np.testing.assert_allclose(jax.jit(faulty)(tree, images), clean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference", "vmap"])
+def test_campaign_equals_injection_and_forward_hook(engine, variables, apply_fn, images):
+    params = variables["params"]
+    neurons = neuron_outputs(apply_fn, params, images, layers="[cf]*")
+    crashes = sample_faults(0, neurons, 6, model="zero")
+    flips = sample_faults(1, neurons, 10, model="bit-flip")
+    random = with_random_values(crashes, 0, -5, 5)
+    faults = crashes + flips + random
+    faulty, tree = with_neuron_words(apply_fn, params, neurons)
+    labels = np.asarray(apply_fn(params, images)).argmax(-1)
+    campaign = run_campaign(
+        faulty, tree, neuron_faults(faults, tree), images, labels, engine=engine, batch_size=3
+    )
+    clean = np.asarray(apply_fn(params, images))
+    for row in range(len(faults)):
+        one = np.asarray(inject_neurons(apply_fn, neurons, faults.fault(row))(params, images))
+        hit = int(faults.leaf[row])
+        layer, index = faults.paths[hit], faults.indices()[row]
+
+        def write(output, row=row, index=index):
+            where = (slice(None), *index)
+            if faults.bit[row] >= 0:
+                output.view(np.uint32)[where] ^= np.uint32(1 << int(faults.bit[row]))
+            else:
+                output[where] = 0 if row < len(crashes) else np.float32(faults.value[row])
+
+        expected = hooked(variables, images, layer, write)
+        finite = np.isfinite(expected).all(-1)
+        np.testing.assert_allclose(one[finite], expected[finite], rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(~finite, campaign.due[row])
+        critical = (one.argmax(-1) != clean.argmax(-1)) | np.isnan(one).any(-1)
+        np.testing.assert_array_equal(campaign.outcomes[row] == 2, critical)
+
+
+def test_engines_agree_on_neuron_faults(variables, apply_fn, images):
+    params = variables["params"]
+    neurons = neuron_outputs(apply_fn, params, images)
+    faults = sample_faults(3, neurons, 40, model="bit-flip")
+    faulty, tree = with_neuron_words(apply_fn, params, neurons)
+    labels = np.zeros(BATCH, np.int32)
+    fast, reference = (
+        run_campaign(faulty, tree, neuron_faults(faults, tree), images, labels, engine=engine)
+        for engine in ("fast", "reference")
+    )
+    np.testing.assert_array_equal(fast.outcomes, reference.outcomes)
+    assert len(set(fast.outcomes.reshape(-1).tolist())) > 1
+
+
+def test_faults_of_single_images_run_through_a_campaign(variables, apply_fn, images):
+    params = variables["params"]
+    neurons = neuron_outputs(apply_fn, params, images, per_image=True)
+    sites = [("conv1", (image, 2, 2, 1), None) for image in range(BATCH)]
+    faults = FaultList.from_sites(sites, neurons, model="value", value=50.0)
+    faulty, tree = with_neuron_words(apply_fn, params, neurons, per_image=True)
+    labels = np.zeros(BATCH, np.int32)
+    campaign = run_campaign(
+        faulty, tree, neuron_faults(faults, tree), images, labels, batch_size=BATCH
+    )
+    changed = campaign.outcomes > 0
+    np.testing.assert_array_equal(changed, np.eye(BATCH, dtype=bool))
+
+
+def test_errors_name_what_is_allowed(variables, apply_fn, images):
+    with pytest.raises(ValueError, match=r"no layer matches 'x': the layers are "):
+        neuron_outputs(apply_fn, variables["params"], images, layers="x")
+    neurons = neuron_outputs(apply_fn, variables["params"], images)
+    _, tree = with_neuron_words(apply_fn, variables["params"], neurons)
+    stuck = FaultList.from_sites([("fc", 0, 3)], neurons, model="stuck-at-1")
+    with pytest.raises(ValueError, match="fault model 'stuck-at-1': allowed are zero, value"):
+        neuron_faults(stuck, tree)
+    with pytest.raises(ValueError, match=r"values from 1 to 0: allowed are finite numbers"):
+        with_random_values(stuck, 0, 1, 0)
