@@ -10,7 +10,6 @@ fault on every test image is masked, non-critical or critical.
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,8 @@ from experiments.config import (
     define_flags,
     parse_flags,
 )
+from experiments.job import define_job_flags, join_from_flags, require_trained
+from experiments.stopping import stop_now, stop_soon
 from jaxfi.campaign import Campaign, NotReproducible, run_campaign
 from jaxfi.data import Dataset, load_dataset, normalise
 from jaxfi.fault_list import FaultList
@@ -41,13 +42,15 @@ from jaxfi.sampling import fault_population, sample_faults, sample_size
 from jaxfi.training import train
 
 LOSSES = ("default", "gradient")
+_STOPPED = "stopped: what is finished is saved; the same command continues it"
 
 
-def run(config: Config, workdir: Path) -> list[tables.TableRow]:
+def run(config: Config, workdir: Path, *, train_only: bool = False) -> list[tables.TableRow]:
     """Trains both networks, injects the same faults into both, and reports what came of them.
 
-    What `workdir` already holds is not done again. Raises ValueError, TypeError or OSError, in
-    one line, and before any training for all that can be known by then.
+    What `workdir` already holds is not done again. `train_only` stops after the training. The
+    processes of a job share the campaigns, and process 0 reports. Raises ValueError, TypeError or
+    OSError, in one line, and before any training for all that can be known by then.
     """
     config.validate()
     check_same_config(config, workdir)
@@ -60,9 +63,13 @@ def run(config: Config, workdir: Path) -> list[tables.TableRow]:
     campaigns = {}
     for loss, alpha in zip(LOSSES, (0.0, config.alpha), strict=True):
         folder = workdir / "networks" / loss
+        require_trained(folder, config.epochs)
         trained = train_network(config, alpha, module, variables, dataset, folder)
-        folder = workdir / "campaigns" / loss
-        campaigns[loss] = inject_faults(config, module, trained, faults, dataset, folder)
+        if not train_only:
+            folder = workdir / "campaigns" / loss
+            campaigns[loss] = inject_faults(config, module, trained, faults, dataset, folder)
+    if train_only or jax.process_index() > 0:
+        return []
     return write_report(config, campaigns, layer_order(module, dataset), workdir)
 
 
@@ -167,7 +174,7 @@ def inject_faults(
         batch_size=config.campaign_batch_size,
         memory_budget=config.memory_budget or None,
         seed=config.seed,
-        progress=True,
+        progress=jax.process_index() == 0,
         workdir=folder,
     )
 
@@ -217,13 +224,15 @@ def main(argv: Sequence[str]) -> None:
     if not flags.FLAGS.workdir:
         sys.exit("error: --workdir is missing: give the folder for the results")
     logging.set_verbosity(logging.WARNING)  # matplotlib tells of every glyph
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    stop_soon(_STOPPED)
     try:
-        run(config_from_flags(flags.FLAGS), Path(flags.FLAGS.workdir))
+        join_from_flags(flags.FLAGS)
+        config = config_from_flags(flags.FLAGS)
+        run(config, Path(flags.FLAGS.workdir), train_only=flags.FLAGS.train_only)
     except (ValueError, TypeError, OSError, FloatingPointError, NotReproducible) as error:
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
-        sys.exit("stopped: what is finished is saved; the same command continues it")
+        stop_now(_STOPPED)
 
 
 def one_line(error: Exception) -> str:
@@ -233,4 +242,5 @@ def one_line(error: Exception) -> str:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
+    define_job_flags(flags.FLAGS)
     app.run(main, flags_parser=parse_flags)

@@ -17,7 +17,6 @@ import jax
 from jaxfi.files import writing
 
 AUTO = "auto"  # let JAX find the job: Slurm, Open MPI, a cloud TPU pod
-_LONGEST_WAIT = 30 * 24 * 3600 * 1000  # milliseconds; a training may go before
 
 
 def join_job(
@@ -59,20 +58,6 @@ def _explicit(coordinator: str, num_processes: int | None, process_id: int | Non
         # Otherwise Slurm's variables, where there are any, would choose the devices.
         "cluster_detection_method": "deactivate",
     }
-
-
-def wait_for_all(name: str) -> None:
-    """Returns when every process of the job has come here; at once for a process alone.
-
-    `name` is used once in a job. Raises RuntimeError if a process died.
-    """
-    if jax.process_count() == 1:
-        return
-    # Public JAX waits only on devices, which must not idle through the training of a network.
-    from jax._src.distributed import global_state
-
-    assert global_state.client is not None, "there are several processes"
-    global_state.client.wait_at_barrier(name, _LONGEST_WAIT)
 
 
 class Claims:

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 # Blocks are small and slow, so that a process can be killed while others work.
 MEMBER = """
 import sys, time
-from jaxfi.distributed import join_job, wait_for_all
-coordinator, num_processes, process_id, directory, pause = sys.argv[1:]
-join_job(coordinator, int(num_processes), int(process_id))
+from jaxfi.distributed import join_job
+directory, pause, coordinator, *which = sys.argv[1:]
+join_job(coordinator, *map(int, which))
 from jaxfi import campaign, run_campaign
 from tests.test_campaign import arguments
 campaign._FAULTS_PER_BLOCK = 4
@@ -45,17 +45,33 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_job(directory: Path, num_processes: int, pause: float = 0.0) -> list[subprocess.Popen]:
+def start_job(
+    directory: Path, num_processes: int, pause: float = 0.0, *, slurm: bool = False
+) -> list[subprocess.Popen]:
+    """The members of a job, told of each other by arguments, or by Slurm's variables."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    coordinator = f"127.0.0.1:{free_port()}"
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", MEMBER, coordinator, str(num_processes), str(process_id),
-             str(directory), str(pause)],
+    port, members = free_port(), []
+    for process_id in range(num_processes):
+        job = [f"127.0.0.1:{port}", str(num_processes), str(process_id)]
+        if slurm:
+            job, environment = ["auto"], environment | slurm_variables(num_processes, process_id)
+        members.append(subprocess.Popen(
+            [sys.executable, "-c", MEMBER, str(directory), str(pause), *job],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for process_id in range(num_processes)
-    ]  # fmt: skip
+        ))  # fmt: skip
+    return members
+
+
+def slurm_variables(num_processes: int, process_id: int) -> dict[str, str]:
+    """What `srun` sets and JAX reads; it takes the port from the job's number."""
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": str(num_processes),
+        "SLURM_PROCID": str(process_id),
+        "SLURM_LOCALID": str(process_id),
+    }
 
 
 def finish_job(members: list[subprocess.Popen]) -> list[str]:
@@ -81,8 +97,8 @@ def alone():
     return run_campaign(**arguments())
 
 
-def test_two_processes_share_the_work(tmp_path: Path, alone) -> None:
-    printed = finish_job(start_job(tmp_path, 2, pause=0.2))
+def test_two_processes_under_slurm_share_the_work(tmp_path: Path, alone) -> None:
+    printed = finish_job(start_job(tmp_path, 2, pause=0.2, slurm=True))
     shares = [text.count("block") for text in printed]
     assert all(shares), "one process did nothing"
     assert len({text.splitlines()[-1] for text in printed}) == 1
