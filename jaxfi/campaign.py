@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxfi.engine import ENGINES, Setup, golden_run
+from jaxfi.engine import ENGINES
 from jaxfi.explain import explain, plan_text
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
+from jaxfi.golden import Setup, golden_run, network_function
 from jaxfi.ledger import Ledger, MemoryLedger, open_directory
 from jaxfi.outcomes import (
     Rates,
@@ -178,9 +179,10 @@ def run_campaign(
             "seed": seed,
             "num_not_activated": int(np.count_nonzero(~activated)),
         }
-        golden = golden_run(apply_fn, params, batches, len(images))
+        function = network_function(network, apply_fn)
+        golden = golden_run(function, params, batches, len(images))
         memory = (memory_budget or _default_budget(devices)) // 4
-        setup = Setup(apply_fn, params, batches, labels, golden, nan, memory)
+        setup = Setup(network, function, params, batches, labels, golden, nan, memory)
         with _open_ledger(workdir, provenance, faults, setup, activated) as ledger:
             if progress and engine == "fast":
                 print(plan_text(explain(apply_fn, params, images, faults, batch_size=batch_size,

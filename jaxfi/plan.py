@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
+from jaxfi.blocks import Blocks
 from jaxfi.rules import column_rule, operand_axes
 from jaxfi.slicing import (
     COUPLED,
@@ -77,6 +78,11 @@ class LeafPlan:
       carried: golden values whose rows are packed with them.
       inputs: golden values that the prefix computes and the others start from.
       gate: what makes faults invisible without arithmetic, None if nothing does.
+      own: result of the leaf's layer where that is summed in blocks: its columns compute the faulty
+        block alone.
+      ahead: result of the blocked layer that reads the one packed channel: the suffix starts with
+        that channel's block alone.
+      products: the blocked layers whose partial sums the prefix computes.
     """
 
     leaf: int
@@ -93,6 +99,9 @@ class LeafPlan:
     carried: tuple[core.Var, ...] = ()
     inputs: tuple[core.Var, ...] = ()
     gate: Gate | None = None
+    own: core.Var | None = None
+    ahead: core.Var | None = None
+    products: tuple[core.Var, ...] = ()
 
     @property
     def suffix_inputs(self) -> tuple[core.Var, ...]:
@@ -105,9 +114,18 @@ def plan_leaves(network: Network) -> list[LeafPlan]:
     to compile."""
     plans = [plan_leaf(network, leaf) for leaf in range(len(network.leaves))]
     inputs: dict[tuple, dict[core.Var, None]] = {}
+    products: dict[tuple, dict[core.Var, None]] = {}
     for plan in plans:
         inputs.setdefault(plan.suffix_inputs, {}).update(dict.fromkeys(plan.inputs))
-    return [dataclasses.replace(p, inputs=tuple(inputs[p.suffix_inputs])) for p in plans]
+        products.setdefault(plan.suffix_inputs, {}).update(dict.fromkeys(plan.products))
+    return [
+        dataclasses.replace(
+            plan,
+            inputs=tuple(inputs[plan.suffix_inputs]),
+            products=tuple(products[plan.suffix_inputs]),
+        )
+        for plan in plans
+    ]
 
 
 def plan_leaf(network: Network, leaf: int) -> LeafPlan:
@@ -130,12 +148,19 @@ def suffix_arithmetic(network: Network, plan: LeafPlan) -> int:
     """Floating-point operations that a batch of packed rows costs after the columns."""
     if plan.method == "unreached":
         return 0
-    return arithmetic(needed_equations(network, [network.output], _known(network, plan)))
+    equations = needed_equations(network, [network.output], _known(network, plan))
+    return sum(_share(network, plan.ahead, equation) for equation in equations)
 
 
 def columns_arithmetic(network: Network, plan: LeafPlan) -> int:
     """Floating-point operations that one group of columns costs for a batch."""
-    return arithmetic(step.equation for step in plan.steps)
+    return sum(_share(network, plan.own, step.equation) for step in plan.steps)
+
+
+def _share(network: Network, blocked: core.Var | None, equation: core.JaxprEqn) -> int:
+    """An equation's arithmetic; of the blocked layer, one block's."""
+    is_blocked = blocked is not None and equation.outvars[0] is blocked
+    return arithmetic([equation]) // (network.blocks[blocked].num_blocks if is_blocked else 1)
 
 
 def network_arithmetic(network: Network) -> int:
@@ -161,7 +186,7 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
         _check_batch_axis(network, var, columns.reached[var])
 
     def may_cut(var: core.Var) -> bool:
-        return var not in columns.mixed and _is_storable(network, var)
+        return var not in columns.mixed and is_storable(network, var)
 
     suffix_inputs = _cut(network, [network.output], may_cut, forbidden=source)
     packed = tuple(var for var in suffix_inputs if var in columns.reached)
@@ -172,8 +197,10 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
         if any(network.batch_axis[var] == COUPLED for var in equation.outvars):
             raise _NoColumns(f"{equation.primitive.name} behind it mixes the images of a batch")
     golden = tuple(dict.fromkeys(columns.golden))
-    needed = _cut(network, (*columns.taken, *golden), lambda v: _is_storable(network, v))
+    needed = _cut(network, (*columns.taken, *golden), lambda v: is_storable(network, v))
     compared = tuple(columns.frontier)
+    own = _own_layer(network, source, axis, columns.steps)
+    ahead = _layer_ahead(network, packed, carried, columns)
     return LeafPlan(
         leaf=leaf,
         method="columns",
@@ -188,7 +215,47 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
         carried=carried,
         inputs=(inputs := tuple(dict.fromkeys((*needed, *compared, *packed, *carried)))),
         gate=_gate(network, source, inputs),
+        own=own,
+        ahead=ahead,
+        products=tuple(var for var in (own, ahead) if var is not None),
     )
+
+
+def _own_layer(
+    network: Network, source: core.Var, axis: int, steps: Sequence[Step]
+) -> core.Var | None:
+    """The result of the blocked layer whose weights the leaf is, [K, N], N in columns."""
+    readers = network.consumers[source]
+    result = readers[0].outvars[0]
+    first = steps[0] if steps else None
+    is_own = first is not None and first.equation is readers[0] and first.columns == (False, True)
+    return result if is_own and len(readers) == 1 and result in network.blocks and axis else None
+
+
+def _layer_ahead(
+    network: Network, packed: tuple[core.Var, ...], carried: tuple[core.Var, ...], columns: _Columns
+) -> core.Var | None:
+    """The result of the blocked layer that alone reads the packed value, as it is or flattened."""
+    if len(packed) != 1 or carried:
+        return None
+    value, axis = packed[0], columns.reached[packed[0]]
+    inputs, readers = value, network.consumers.get(value, ())
+    if len(readers) == 1 and readers[0].primitive.name == "reshape":
+        inputs = readers[0].outvars[0]
+        readers = network.consumers.get(inputs, ())
+    if len(readers) != 1 or readers[0].outvars[0] not in network.blocks:
+        return None
+    result, weights = readers[0].outvars[0], readers[0].invars[1]
+    whole_channels = _matches(network.blocks[result], value.aval.shape, axis)
+    golden_weights = weights not in columns.mixed and weights not in columns.reached
+    return result if whole_channels and golden_weights and inputs is not weights else None
+
+
+def _matches(blocks: Blocks, shape: tuple[int, ...], axis: int) -> bool:
+    """Whether the blocks hold whole channels of a value [B, ...] with its channels at `axis`."""
+    channels = blocks.num_blocks * blocks.size
+    seen = (_size(shape[1:axis]), shape[axis], _size(shape[axis + 1 :]))
+    return axis > 0 and seen == (blocks.outer, channels, blocks.inner)
 
 
 def _gate(network: Network, source: core.Var, inputs: tuple[core.Var, ...]) -> Gate | None:
@@ -281,7 +348,7 @@ class _Columns:
         return True
 
 
-def _is_storable(network: Network, var: core.Var) -> bool:
+def is_storable(network: Network, var: core.Var) -> bool:
     """A value of the images that may be cut here, and whose rows can be picked by image."""
     axis = network.batch_axis.get(var)
     return axis is not None and axis >= 0 and is_boundary(network, var)
@@ -332,6 +399,15 @@ def _check_batch_axis(network: Network, var: core.Var, column_axis: int) -> None
         raise _NoColumns(f"{producer.primitive.name if producer else 'its reader'} mixes channels")
     if axis < 0 or axis == column_axis:
         raise _NoColumns("the images' axis of a value behind it cannot be told")
+
+
+def golden_bytes(network: Network, plan: LeafPlan) -> int:
+    """Golden values that a leaf's prefix puts out for one batch, bytes."""
+    return sum(leaf_bytes(network, var) for var in plan.inputs) + sum(
+        leaf_bytes(network, network.producers[var].invars[0])
+        + leaf_bytes(network, var) * (2 * network.blocks[var].num_blocks - 2)
+        for var in plan.products
+    )
 
 
 def leaf_bytes(network: Network, var: core.Var) -> int:

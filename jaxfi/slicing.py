@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from jaxfi.blocks import Blocks, blocked_dot, find_blocks, layer_dot
 from jaxfi.faults import PyTree, leaf_paths
 
 Array = jax.Array
@@ -60,6 +61,7 @@ class Network:
       given: values of the remaining variables (what `apply_fn` closes over).
       batch_axis: per variable: the images' axis, None for none, `UNKNOWN` or `COUPLED`.
       producers, consumers: the equation that computes a variable; those that read it.
+      blocks: the results of dense layers that are summed in blocks, and how.
     """
 
     equations: tuple[core.JaxprEqn, ...]
@@ -71,6 +73,7 @@ class Network:
     batch_axis: Mapping[core.Var, int | None]
     producers: Mapping[core.Var, core.JaxprEqn]
     consumers: Mapping[core.Var, tuple[core.JaxprEqn, ...]]
+    blocks: Mapping[core.Var, Blocks]
 
 
 def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> Network:
@@ -92,6 +95,7 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
     for equation in equations:
         for var in variables(equation.invars):
             consumers.setdefault(var, []).append(equation)
+    batch_axis = _batch_axes(apply_fn, params, images, jaxpr)
     return Network(
         equations=equations,
         leaves=leaves,
@@ -99,9 +103,10 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
         image=image,
         output=jaxpr.outvars[0],
         given=dict(zip(jaxpr.constvars, closed_over, strict=True)),
-        batch_axis=_batch_axes(apply_fn, params, images, jaxpr),
+        batch_axis=batch_axis,
         producers={var: equation for equation in equations for var in equation.outvars},
         consumers={var: tuple(equations) for var, equations in consumers.items()},
+        blocks=find_blocks(equations, batch_axis),
     )
 
 
@@ -136,7 +141,8 @@ def evaluate(network: Network, wanted: Iterable[Value], known: Mapping[core.Var,
     env = {**network.given, **known}
     wanted = list(wanted)
     for equation in _needed(network.equations, wanted, set(env)):
-        results = bind(equation, [read(env, value) for value in equation.invars])
+        operands = [read(env, value) for value in equation.invars]
+        results = bind(equation, operands, network.blocks)
         env.update(zip(equation.outvars, results, strict=True))
     return [read(env, value) for value in wanted]
 
@@ -146,8 +152,14 @@ def read(env: Mapping[core.Var, Array], value: Value) -> Any:
     return value.val if isinstance(value, core.Literal) else env[value]
 
 
-def bind(equation: core.JaxprEqn, operands: list) -> list:
+def bind(
+    equation: core.JaxprEqn, operands: list, blocks: Mapping[core.Var, Blocks] | None = None
+) -> list:
     """Runs one equation on other operands of the same shapes."""
+    if blocks and equation.outvars[0] in blocks:
+        how = blocks[equation.outvars[0]]
+        x, weights = operands
+        return [blocked_dot(x, weights, how, layer_dot(equation))]
     params = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
         results = equation.primitive.bind(*operands, **params)

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxfi.engine import ENGINES, Advance, Engine, Setup
+from jaxfi.engine import ENGINES, Advance, Engine
 from jaxfi.fault_list import FaultList
+from jaxfi.golden import Setup
 from jaxfi.outcomes import MASKED, Results
 
-_FAULTS_PER_NULL = 64
+_FAULTS_PER_NULL = 128
 _BLOCKS_PER_WORKER = 4  # so that the last to finish is not far behind the first
 
 

@@ -71,6 +71,34 @@ def plain_conv() -> Model:
     return apply_fn, params, (6, 6, 2)
 
 
+def wide_layers() -> Model:
+    """Dense layers that are summed in blocks: behind flattened images, and behind each other."""
+    params = {"conv": normal(0, 3, 3, 2, 8), "first": dense_layer(1, 16 * 16 * 8, 1024),
+              "second": dense_layer(3, 1024, 12), "out": dense_layer(5, 12, CLASSES)}  # fmt: skip
+
+    def apply_fn(p, x):
+        x = jax.nn.relu(conv(x, p["conv"]))
+        x = jax.nn.relu(dense(x.reshape(x.shape[0], -1), p["first"]))
+        return dense(jax.nn.relu(dense(x, p["second"])), p["out"])
+
+    return apply_fn, params, (16, 16, 2)
+
+
+def wide_channels_first() -> Model:
+    """The same with images laid out as PyTorch's, and the wide layer's weights used transposed."""
+    params = {"conv": normal(0, 8, 2, 3, 3), "wide": normal(1, 12, 16 * 16 * 8),
+              "out": normal(2, 16 * 16 * 8 + 12, CLASSES)}  # fmt: skip
+
+    def apply_fn(p, x):
+        layout = ("NCHW", "OIHW", "NCHW")
+        x = jax.lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=layout)
+        flat = jax.nn.relu(x).reshape(x.shape[0], -1)
+        wide = jax.nn.relu(flat @ p["wide"].T)
+        return jnp.concatenate([flat, wide], axis=1) @ p["out"]
+
+    return apply_fn, params, (2, 16, 16)
+
+
 class LinenCnn(nn.Module):
     """Convolutions, BatchNorm, both pools."""
 
@@ -323,7 +351,8 @@ def spectral() -> Model:
     return lambda p, x: jnp.abs(jnp.fft.fft(x @ p["a"])) @ p["c"], params, (5,)
 
 
-TINY = (plain_mlp, plain_conv, linen_cnn, nnx_cnn, equinox_cnn, haiku_cnn, depthwise_separable,
+TINY = (plain_mlp, plain_conv, wide_layers, wide_channels_first, linen_cnn, nnx_cnn,
+        equinox_cnn, haiku_cnn, depthwise_separable,
         dense_concatenation, squeeze_and_excite, vision_transformer, recurrent, shared_leaf,
         rematerialized, unreached_leaf, scalars_and_integers, sliced_scale, dead_inputs,
         chained_products, residual,

@@ -1,0 +1,82 @@
+"""What a campaign holds fixed: the network as it computes it, images, fault-free outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxfi.faults import PyTree
+from jaxfi.slicing import ApplyFn, Network, evaluate
+
+# A 16-bit network must round after every operation, wherever the compiler could keep 32 bits.
+_OPTIONS = {"xla_allow_excess_precision": False}
+# XLA's CPU library fuses whole stages of a network, and one convolution rounds differently in each:
+# allow it single matmuls. (Single convolutions are exact too, but slower with few channels.)
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a campaign holds fixed, on one device.
+
+    Attributes:
+      network, apply_fn: the network as equations, and as every engine computes it.
+      params: its fault-free parameters.
+      batches: [num_batches, batch_size, ...] images, the last batch padded.
+      labels: [N] int32.
+      golden: [N, classes] fault-free outputs.
+      nan: see `jaxfi.outcomes.judge`.
+      memory: bytes that golden activations of several batches may take together.
+    """
+
+    network: Network
+    apply_fn: ApplyFn
+    params: PyTree
+    batches: np.ndarray
+    labels: np.ndarray
+    golden: np.ndarray
+    nan: str
+    memory: int
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
+
+    @property
+    def batch_size(self) -> int:
+        return self.batches.shape[1]
+
+    def images_in(self, number: int) -> int:
+        """Images of a batch that are not padding."""
+        return min(self.batch_size, self.num_images - number * self.batch_size)
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """`jax.jit` with the arithmetic of a campaign: every engine compiles with it."""
+    on_cpu = jax.default_backend() == "cpu"
+    arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if on_cpu else {})}
+    return jax.jit(function, compiler_options=arithmetic, **options)
+
+
+def network_function(network: Network, apply_fn: ApplyFn) -> ApplyFn:
+    """`apply_fn` as every engine computes it: wide dense layers summed in blocks."""
+    if not network.blocks:
+        return apply_fn
+
+    def in_blocks(params: PyTree, batch: jax.Array) -> jax.Array:
+        leaves = zip(network.leaves, jax.tree.leaves(params), strict=True)
+        return evaluate(network, [network.output], {**dict(leaves), network.image: batch})[0]
+
+    return in_blocks
+
+
+def golden_run(
+    apply_fn: ApplyFn, params: PyTree, batches: np.ndarray, num_images: int
+) -> np.ndarray:
+    """Fault-free outputs, [num_images, classes]."""
+    network = compiled(apply_fn)
+    outputs = [np.asarray(network(params, batch)) for batch in batches]
+    return np.concatenate(outputs)[:num_images]

@@ -1,0 +1,270 @@
+"""The compiled programs of one leaf: prefix, columns, pack, suffix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from jaxfi.blocks import Blocks, Partials, climb, layer_dot, partials, siblings
+from jaxfi.faults import corrupt, to_words
+from jaxfi.golden import Setup, compiled
+from jaxfi.plan import LeafPlan, golden_bytes, is_storable
+from jaxfi.slicing import Network, bind, evaluate, read
+
+
+class Golden(NamedTuple):
+    """What the prefix puts out: `plan.inputs`, and the partial sums of `plan.products`."""
+
+    inputs: list[jax.Array]
+    products: list[Partials]
+
+
+class Pick(NamedTuple):
+    """What goes into each of B rows: column and image of a pair, its channel, and whether new."""
+
+    column: np.ndarray
+    image: np.ndarray
+    channel: np.ndarray
+    fresh: np.ndarray
+
+
+class Programs:
+    """One leaf's programs; jit compiles those that are run. Holds golden values (`golden`).
+
+    Leaves of one layer have the same suffix and often the same prefix: `shared` keeps them.
+    """
+
+    def __init__(self, network: Network, plan: LeafPlan, shared: dict):
+        self.network, self.plan, self.shared = network, plan, shared
+        self.faulty_columns = compiled(self._faulty_columns)
+        self.faulty_leaf = compiled(corrupt)
+        self.columns = compiled(self._columns)
+        self.pack = compiled(self._pack if plan.ahead is None else self._pack_block)
+        self.lit = compiled(self._lit)
+        suffix = ("suffix", plan.suffix_inputs, plan.ahead)
+        self.suffix = shared.setdefault(suffix, compiled(self._suffix))
+        self._golden: dict[int, Golden] = {}
+
+    def golden(self, setup: Setup, number: int) -> Golden:
+        """The prefix on one batch; kept for the leaf's next faults where memory allows it."""
+        if number in self._golden:
+            return self._golden[number]
+        values = self._run_prefix(setup, {self.network.image: setup.batches[number]})
+        if self.batches_held(setup) == len(setup.batches):
+            self._golden[number] = values
+        return values
+
+    @property
+    def holds_golden(self) -> bool:
+        """Whether golden values are kept."""
+        return bool(self._golden)
+
+    def take_over(self, setup: Setup, before: Programs | None) -> None:
+        """Goes on from what `before` holds, where both fit in memory, and frees that."""
+        if before is None or before is self:
+            return
+        held, before._golden = before._golden, {}
+        plans = (self.plan, before.plan)
+        size = len(setup.batches) * sum(golden_bytes(self.network, plan) for plan in plans)
+        if len(held) < len(setup.batches) or size > setup.memory or self._golden:
+            return
+        if self._wanted() == before._wanted():
+            self._golden = held
+            return
+        storable = [is_storable(self.network, var) for var in before.plan.inputs]
+        for number in sorted(held):
+            values = zip(before.plan.inputs, held.pop(number).inputs, storable, strict=True)
+            known = {var: value for var, value, stored in values if stored}
+            image = {self.network.image: setup.batches[number]}
+            self._golden[number] = self._run_prefix(setup, {**image, **known})
+
+    def batches_held(self, setup: Setup) -> int:
+        """How many batches' golden values fit in memory together, at least 1."""
+        size = max(1, golden_bytes(self.network, self.plan))
+        return max(1, min(len(setup.batches), setup.memory // size))
+
+    def golden_rows(self, golden: Golden) -> list[jax.Array]:
+        """A batch of rows for the suffix in which nothing is faulty; of block 0."""
+        if self.plan.ahead is None:
+            given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
+            return [given[var] for var in self.plan.suffix_inputs]
+        product = self._product(golden, self.plan.ahead)
+        return [product.inputs[0], *siblings(product.levels, 0)]
+
+    def empty_rows(self) -> list[jax.Array]:
+        """A batch of rows of zeros for the suffix."""
+        if self.plan.ahead is None:
+            avals = [var.aval for var in self.plan.suffix_inputs]
+            return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+        result, blocks = self.plan.ahead.aval, self.ahead
+        inputs = jnp.zeros((result.shape[0], blocks.length), result.dtype)
+        height = blocks.num_blocks.bit_length() - 1
+        return [inputs, *[jnp.zeros(result.shape, result.dtype)] * height]
+
+    @property
+    def own(self) -> Blocks | None:
+        """The blocks of the leaf's own layer."""
+        return None if self.plan.own is None else self.network.blocks[self.plan.own]
+
+    @property
+    def ahead(self) -> Blocks:
+        """The blocks of the layer that reads the packed channel."""
+        assert self.plan.ahead is not None, "only called where there is such a layer"
+        return self.network.blocks[self.plan.ahead]
+
+    def _wanted(self) -> tuple:
+        return self.plan.inputs, self.plan.products
+
+    def _run_prefix(self, setup: Setup, known: dict[core.Var, jax.Array]) -> Golden:
+        start = tuple(known)
+        key = ("prefix", self._wanted(), start)
+
+        def prefix(leaves: list, values: list) -> Golden:
+            return self._prefix(leaves, dict(zip(start, values, strict=True)))
+
+        program = self.shared.setdefault(key, compiled(prefix))
+        return program(jax.tree.leaves(setup.params), list(known.values()))
+
+    def _prefix(self, leaves: list, start: dict[core.Var, jax.Array]) -> Golden:
+        known = {**self._leaves(leaves), **start}
+        products = []
+        for result in self.plan.products:
+            equation = self.network.producers[result]
+            x, weights = evaluate(self.network, equation.invars, known)
+            how = self.network.blocks[result]
+            products.append(partials(x, weights, how, layer_dot(equation)))
+            known[result] = climb(*products[-1].levels[-1])
+        return Golden(evaluate(self.network, self.plan.inputs, known), products)
+
+    def _product(self, golden: Golden, result: core.Var) -> Partials:
+        return golden.products[self.plan.products.index(result)]
+
+    def _lit(self, golden: Golden) -> jax.Array:
+        """Which input channels are not zero everywhere in a batch, [channels] bool."""
+        gate = self.plan.gate
+        assert gate is not None, "only called where there is a gate"
+        values = golden.inputs[self.plan.inputs.index(gate.inputs)]
+        others = [axis for axis in range(values.ndim) if axis != gate.input_axis]
+        return jnp.any(values != 0, axis=others)
+
+    def _leaves(self, leaves: list) -> dict[core.Var, jax.Array]:
+        return dict(zip(self.network.leaves, leaves, strict=True))
+
+    def _faulty_columns(self, leaf, block, channel, element, keep, flip) -> jax.Array:
+        """A leaf of the same shape, or one block of it: column k is channel k's, with fault k."""
+        leaf = leaf if self.own is None else _block_of(leaf, self.own, block)
+        columns = jnp.take(leaf, channel, axis=self.plan.axis, mode="clip")
+        return corrupt(columns, element, keep, flip)
+
+    def _columns(self, leaves: list, golden: Golden, faulty, block, channel: jax.Array):
+        """Which pairs changed, [C, B] bool, and each column of the values to pack, [C, B, ...]."""
+        plan, network = self.plan, self.network
+        given = dict(zip(plan.inputs, golden.inputs, strict=True))
+        wanted = (*plan.golden, *plan.taken)
+        known = {**self._leaves(leaves), **given}
+        plain = {**known, **dict(zip(wanted, evaluate(network, wanted, known), strict=True))}
+        env = {network.leaves[plan.leaf]: faulty}
+        for var in plan.taken:
+            env[var] = jnp.take(plain[var], channel, axis=plan.axes[var], mode="clip")
+        for step in plan.steps:
+            if plan.own is not None and step.equation.outvars[0] is plan.own:
+                env[plan.own] = self._own_layer(golden, faulty, block, channel)
+                continue
+            operands = [
+                read(env if column else plain, value)
+                for value, column in zip(step.equation.invars, step.columns, strict=True)
+            ]
+            results = bind(step.equation, operands, network.blocks)
+            env.update(zip(step.equation.outvars, results, strict=True))
+        changed = [self._changed(env[var], given[var], var, channel) for var in plan.compared]
+        return jnp.any(jnp.stack(changed), axis=0), [
+            self._by_fault(env[var], var) for var in plan.packed
+        ]
+
+    def _own_layer(self, golden: Golden, faulty, block, channel) -> jax.Array:
+        """Columns of the leaf's blocked layer: the faulty block's partial sum, the rest golden."""
+        product = self._product(golden, self.plan.own)
+        inputs = lax.dynamic_index_in_dim(product.inputs, block, keepdims=False)
+        others = [
+            jnp.take(other, channel, axis=1, mode="clip")
+            for other in siblings(product.levels, block)
+        ]
+        dot = layer_dot(self.network.producers[self.plan.own])
+        return climb(dot(inputs, faulty), *others)
+
+    def _by_fault(self, value: jax.Array, var: core.Var) -> jax.Array:
+        """Columns and images first: [C, B, ...]."""
+        return jnp.moveaxis(value, (self.plan.axes[var], self.network.batch_axis[var]), (0, 1))
+
+    def _changed(self, faulty, golden, var, channel) -> jax.Array:
+        golden = jnp.take(golden, channel, axis=self.plan.axes[var], mode="clip")
+        differs = self._by_fault(_bits_differ(faulty, golden), var)
+        return jnp.any(differs, axis=tuple(range(2, differs.ndim)))
+
+    def _pack(self, rows: list, golden: Golden, columns: list, pick: Pick, block) -> list:
+        """`rows` with those that `pick` names replaced by pairs of this batch."""
+        given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
+        packed = []
+        for position, var in enumerate(self.plan.suffix_inputs):
+            axis = self.network.batch_axis[var]
+            row = jnp.take(given[var], pick.image, axis=axis, mode="clip")
+            if position < len(columns):
+                faulty = columns[position][pick.column, pick.image]  # [B, ...] one channel
+                row = self._replace_channel(row, faulty, pick.channel, var)
+            fresh = _along(pick.fresh, axis, row.ndim)
+            packed.append(jnp.where(fresh, row, rows[position]))
+        return packed
+
+    def _replace_channel(self, rows, faulty, channel, var) -> jax.Array:
+        axis, batch = self.plan.axes[var], self.network.batch_axis[var]
+        faulty = jnp.expand_dims(jnp.moveaxis(faulty, 0, batch - (axis < batch)), axis)
+        index = _along(jnp.arange(rows.shape[axis], dtype=jnp.int32), axis, rows.ndim)
+        return jnp.where(index == _along(channel, batch, rows.ndim), faulty, rows)
+
+    def _pack_block(self, rows: list, golden: Golden, columns: list, pick: Pick, block) -> list:
+        """The same where the next layer is blocked: its one faulty block, and the siblings."""
+        product, blocks = self._product(golden, self.plan.ahead), self.ahead
+        inputs = lax.dynamic_index_in_dim(product.inputs, block, keepdims=False)
+        fresh = [jnp.take(inputs, pick.image, axis=0, mode="clip")]
+        apart = fresh[0].reshape(-1, blocks.outer, blocks.size, blocks.inner)
+        faulty = columns[0][pick.column, pick.image]
+        faulty = faulty.reshape(-1, blocks.outer, 1, blocks.inner)
+        here = _along(jnp.arange(blocks.size), 2, 4) == _along(pick.channel % blocks.size, 0, 4)
+        fresh[0] = jnp.where(here, faulty, apart).reshape(fresh[0].shape)
+        for other in siblings(product.levels, block):
+            fresh.append(jnp.take(other, pick.image, axis=0, mode="clip"))
+        new = pick.fresh[:, None]
+        return [jnp.where(new, row, old) for row, old in zip(fresh, rows, strict=True)]
+
+    def _suffix(self, leaves: list, rows: list, block) -> jax.Array:
+        known = self._leaves(leaves)
+        if self.plan.ahead is None:
+            known.update(zip(self.plan.suffix_inputs, rows, strict=True))
+        else:
+            equation = self.network.producers[self.plan.ahead]
+            weights = evaluate(self.network, [equation.invars[1]], known)[0]
+            weights = _block_of(weights, self.ahead, block)
+            known[self.plan.ahead] = climb(layer_dot(equation)(rows[0], weights), *rows[1:])
+        return evaluate(self.network, [self.network.output], known)[0]
+
+
+def _block_of(weights: jax.Array, blocks: Blocks, block) -> jax.Array:
+    """One block of weights [K, N]: [length, N]."""
+    shape = (blocks.outer, blocks.num_blocks, blocks.size * blocks.inner, -1)
+    part = lax.dynamic_index_in_dim(weights.reshape(shape), block, axis=1, keepdims=False)
+    return part.reshape(blocks.length, -1)
+
+
+def _bits_differ(a: jax.Array, b: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(a):
+        return _bits_differ(a.real, b.real) | _bits_differ(a.imag, b.imag)
+    return a != b if a.dtype == bool else to_words(a) != to_words(b)
+
+
+def _along(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
+    return vector.reshape([-1 if a == axis else 1 for a in range(ndim)])

@@ -1,0 +1,131 @@
+"""Dense layers summed in blocks: against NumPy, and against the layer computed as a whole."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxfi import run_campaign
+from jaxfi.blocks import Blocks, blocked_dot, climb, partials, siblings, split
+from jaxfi.golden import network_function
+from jaxfi.plan import plan_leaves
+from jaxfi.slicing import trace_network
+from tests.conformance_models import plain_mlp, wide_channels_first, wide_layers
+from tests.test_conformance import faults_in_every_leaf
+
+BLOCKS = [Blocks(1, 4, 3, 1), Blocks(5, 8, 1, 1), Blocks(1, 2, 3, 7), Blocks(4, 2, 2, 3)]
+
+
+def dot(x, weights):
+    return lax.dot(x, weights, precision="highest")
+
+
+def layer(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    inputs = blocks.outer * blocks.num_blocks * blocks.size * blocks.inner
+    x, weights = generator.normal(size=(6, inputs)), generator.normal(size=(inputs, 5))
+    return x.astype(np.float32), weights.astype(np.float32)
+
+
+def in_block(blocks: Blocks, block: int) -> np.ndarray:
+    """Inputs of one block, in order, by counting."""
+    channels = range(block * blocks.size, (block + 1) * blocks.size)
+    return np.array([
+        (outer * blocks.num_blocks * blocks.size + channel) * blocks.inner + inner
+        for outer in range(blocks.outer) for channel in channels for inner in range(blocks.inner)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_blocks_hold_whole_channels(blocks: Blocks) -> None:
+    x, weights = layer(blocks)
+    for block in range(blocks.num_blocks):
+        inputs = in_block(blocks, block)
+        np.testing.assert_array_equal(split(jnp.asarray(x), 1, blocks)[block], x[:, inputs])
+        np.testing.assert_array_equal(
+            split(jnp.asarray(weights), 0, blocks)[block], weights[inputs]
+        )
+        found_block, place = blocks.place(inputs)
+        assert (found_block == block).all()
+        assert place.tolist() == list(range(blocks.length))
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_sum_is_numpys_tree_of_partial_sums(blocks: Blocks) -> None:
+    x, weights = layer(blocks)
+    level = [
+        np.asarray(dot(x[:, inputs], weights[inputs]))
+        for inputs in (in_block(blocks, block) for block in range(blocks.num_blocks))
+    ]
+    while len(level) > 1:
+        level = [a + b for a, b in zip(level[0::2], level[1::2], strict=True)]
+    np.testing.assert_array_equal(blocked_dot(x, weights, blocks, dot), level[0])
+    exact = x.astype(np.float64) @ weights.astype(np.float64)
+    np.testing.assert_allclose(level[0], exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_every_block_climbs_to_the_same_sum(blocks: Blocks) -> None:
+    x, weights = layer(blocks)
+    whole = np.asarray(blocked_dot(x, weights, blocks, dot))
+    parts = partials(x, weights, blocks, dot)
+    for block in range(blocks.num_blocks):
+        climbed = climb(parts.levels[0][block], *siblings(parts.levels, block))
+        assert np.asarray(climbed).tobytes() == whole.tobytes()
+
+
+def traced(model, dtype=jnp.float32):
+    apply_fn, params, shape = model()
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    network = trace_network(apply_fn, params, jax.ShapeDtypeStruct((5, *shape), dtype))
+    return apply_fn, params, network
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (wide_layers, {"conv": "ahead", "first/kernel": "own ahead", "second/kernel": "own"}),
+        (wide_channels_first, {"out": "own"}),  # `wide` is used transposed, `conv` twice
+        (plain_mlp, {}),
+    ],
+)
+def test_plans_use_blocks_where_they_may(model, expected: dict[str, str]) -> None:
+    _, _, network = traced(model)
+    for plan in plan_leaves(network):
+        path = network.paths[plan.leaf]
+        for name, result in (("own", plan.own), ("ahead", plan.ahead)):
+            has_blocks = name in expected.get(path.removesuffix("/bias") + "/kernel", "").split()
+            if path.endswith("bias"):
+                assert (result is not None) == (name == "ahead" and has_blocks), (path, name)
+            else:
+                assert (result is not None) == (name in expected.get(path, "").split()), path
+
+
+def test_16_bit_layers_are_not_split() -> None:
+    # Partial sums would be rounded to 16 bits.
+    assert not traced(wide_layers, jnp.bfloat16)[2].blocks
+
+
+@pytest.mark.parametrize("model", [wide_layers, wide_channels_first], ids=lambda m: m.__name__)
+def test_network_in_blocks_is_the_users_network(model) -> None:
+    apply_fn, params, network = traced(model)
+    x = np.random.default_rng(0).normal(size=network.image.aval.shape).astype(np.float32)
+    assert network.blocks
+    blocked = network_function(network, apply_fn)(params, x)
+    np.testing.assert_allclose(blocked, apply_fn(params, x), rtol=0, atol=2e-5)
+
+
+def test_fast_equals_reference_in_double_precision() -> None:
+    with jax.enable_x64(True):
+        apply_fn, params, _ = traced(wide_layers, jnp.float64)
+        x = np.random.default_rng(0).normal(size=(7, 16, 16, 2))
+        faults = faults_in_every_leaf(params)
+        fast, reference = (
+            run_campaign(apply_fn, params, faults, x, np.arange(7) % 4, engine=e, batch_size=4)
+            for e in ("fast", "reference")
+        )
+    assert fast.golden.dtype == np.float64
+    np.testing.assert_array_equal(fast.outcomes, reference.outcomes)
