@@ -105,8 +105,9 @@ def run(settings: Settings, workdir: Path) -> None:
     settings.validate()
     check_same_config(settings, workdir)
     dataset = load_images(settings)  # type: ignore[arg-type]
+    given = load_variables(settings.weights) if settings.weights else None
     claim_workdir(settings, workdir)
-    variables = jax.device_get(trained_variables(settings, dataset, workdir))
+    variables = jax.device_get(given or train_network(settings, dataset, workdir / "network"))
     path = workdir / "accuracy_by_bit.csv"
     rows: list[Any] = []
     if path.exists():
@@ -124,12 +125,9 @@ def run(settings: Settings, workdir: Path) -> None:
     write_figures(workdir)
 
 
-def trained_variables(settings: Settings, dataset: Dataset, workdir: Path) -> PyTree:
-    """Those of the checkpoint named, or of a training, which `workdir` keeps."""
-    if settings.weights:
-        return load_variables(settings.weights)
+def train_network(settings: Settings, dataset: Dataset, folder: Path) -> PyTree:
+    """The variables after the last epoch; `folder` keeps the training."""
     module = MODELS[settings.model](num_classes=dataset.num_classes)
-    folder = workdir / "network"
     return train(module, dataset, settings.training(), workdir=folder, progress=True).variables
 
 

@@ -34,8 +34,8 @@ def bit_effects(weights: Any) -> list[BitEffect]:
     Args:
       weights: an array, as it is stored: its dtype says what a word is.
 
-    >>> [effect.rms_change for effect in bit_effects(np.array([1.0, 1.5], np.float32))[-10:-8]]
-    [0.25, 0.5]
+    >>> [effect.rms_change for effect in bit_effects(np.array([1.0, 1.5], np.float32))[9:11]]
+    [0.5, 0.25]
     """
     weights = np.asarray(weights).reshape(-1)
     return [_effect(weights, bit) for bit in reversed(range(word_bits(weights.dtype)))]

@@ -112,7 +112,7 @@ def with_neuron_words(
 
     The parameters are `{"params": params, "neurons": ...}`; each layer of `neurons` has a leaf
     "override", which a neuron's output is replaced with unless it holds all ones, and a leaf
-    "flip", words that its output is xored with. Without faults both change nothing.
+    "flip", whose word its output's is xored with. Without faults both change nothing.
     `neuron_faults` turns faults in neurons into faults in these leaves.
 
     With `per_image` the network takes batches of the size that `neurons` has.
@@ -120,7 +120,7 @@ def with_neuron_words(
     words = {
         name: {
             _OVERRIDE: jnp.asarray(_all_ones(shape.dtype, shape.shape)),
-            _FLIP: jnp.zeros(shape.shape, word_dtype(shape.dtype)),
+            _FLIP: jnp.zeros(shape.shape, shape.dtype),  # a float, so that reports know its bits
         }
         for name, shape in neurons.items()
     }
@@ -130,7 +130,7 @@ def with_neuron_words(
             if layer not in tree["neurons"]:
                 return output
             here = tree["neurons"][layer]
-            override, flip = to_words(here[_OVERRIDE]), here[_FLIP]
+            override, flip = to_words(here[_OVERRIDE]), to_words(here[_FLIP])
             if not per_image:
                 override, flip = override[None], flip[None]
             kept = override == np.array(-1).astype(override.dtype)

@@ -19,6 +19,8 @@ from jaxfi.neurons import (
     with_neuron_words,
     with_random_values,
 )
+from jaxfi.report.figures import outcomes_by_bit
+from jaxfi.report.shares import shares_by_layer
 from jaxfi.sampling import sample_faults
 
 BATCH = 6
@@ -189,6 +191,10 @@ def test_engines_agree_on_neuron_faults(variables, apply_fn, images):
     )
     np.testing.assert_array_equal(fast.outcomes, reference.outcomes)
     assert len(set(fast.outcomes.reshape(-1).tolist())) > 1
+    figure = outcomes_by_bit({"neurons": fast})
+    assert "exponent" in [text.get_text() for text in figure.axes[0].texts]
+    layers = {part.name for part in shares_by_layer(fast)}
+    assert layers <= {f"neurons/{name}" for name in neurons}
 
 
 def test_faults_of_single_images_run_through_a_campaign(variables, apply_fn, images):

@@ -1,0 +1,312 @@
+"""The training-strategies study end to end on little data, its tables and its figures."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from experiments import bit_sensitivity, training_strategies
+from experiments.strategies import groups, list_strategies, parse_sweep
+from jaxfi.bit_effects import bit_effects, stored_weights
+from jaxfi.checkpoint import load_checkpoint, load_variables
+from jaxfi.models import MODELS
+from jaxfi.models.layers import convolution, dense
+from jaxfi.report.study import range_ends, write_figures
+from jaxfi.report.study_tables import pair_rows, read_curves, robustness_rows
+from jaxfi.training import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+STRATEGIES = training_strategies.Settings(
+    sweep=(
+        "optimizer=sgd weight_decay=0,5e-3 learning_rate=0.01",
+        "optimizer=sgd learning_rate=1e30",
+    ),
+    model="tiny",
+    epochs=2,
+    batch_size=32,
+    num_train_images=64,
+    keep_every=1,
+    injected_epochs=["1", "last"],
+    ranges=["20/10", "70/35"],
+    trials=2,
+    num_images=30,
+    injection_batch_size=16,
+    surface_images=8,
+    surface_iterations=2,
+)
+NAMES = ["sgd-cosine-b32-wd0-lr0.01", "sgd-cosine-b32-wd0.005-lr0.01", "sgd-cosine-b32-wd0-lr1e+30"]
+
+
+class Tiny(nn.Module):
+    """A network in which a study takes seconds; 76 weights."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.relu(convolution(x, 4, stride=4, name="conv"))
+        return dense(x.max((1, 2)), self.num_classes, name="fc")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny", Tiny)
+        yield
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("strategies")
+    training_strategies.run(STRATEGIES, workdir)
+    return workdir
+
+
+def test_training_has_a_row_for_each_strategy_and_epoch(finished):
+    rows = table(finished / "training.csv")
+    assert [*rows[0]] == (
+        "strategy epoch learning_rate train_loss test_loss test_accuracy weight_mean weight_std "
+        "weight_l2"
+    ).split()
+    assert [*dict.fromkeys(row["strategy"] for row in rows)] == NAMES
+    assert [row["epoch"] for row in rows if row["strategy"] == NAMES[0]] == ["1", "2"]
+    assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows)
+    variables = load_variables(finished / "networks" / NAMES[0] / "2")
+    weights = np.concatenate([
+        layer["kernel"].reshape(-1).astype(np.float64) for layer in variables["params"].values()
+    ])  # fmt: skip
+    stored = next(row for row in rows if (row["strategy"], row["epoch"]) == (NAMES[0], "2"))
+    found = [float(stored[f"weight_{name}"]) for name in ("mean", "std", "l2")]
+    assert len(weights) == 76
+    expected = [weights.mean(), weights.std(), np.linalg.norm(weights)]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_a_diverged_strategy_is_a_result(finished):
+    summary = {row["strategy"]: row for row in table(finished / "summary.csv")}
+    assert summary[NAMES[2]]["diverged_epoch"] == "1"
+    assert summary[NAMES[0]]["diverged_epoch"] == ""
+    assert summary[NAMES[2]]["sharpness"] == ""
+    assert float(summary[NAMES[0]]["gradient_norm"]) > 0
+    injected = {row["strategy"] for row in table(finished / "accuracy_by_injections.csv")}
+    assert injected == set(NAMES[:2])
+
+
+def test_injections_are_as_the_contract_says(finished):
+    rows = table(finished / "accuracy_by_injections.csv")
+    assert [*rows[0]] == ["strategy", "epoch", "trial", "num_faults", "accuracy"]
+    own = [row for row in rows if (row["strategy"], row["epoch"]) == (NAMES[0], "2")]
+    assert [int(row["num_faults"]) for row in own if row["trial"] == "1"] == [
+        0, 10, 20, 35, 70,
+    ]  # fmt: skip
+    clean = {row["accuracy"] for row in own if row["num_faults"] == "0"}
+    assert len(clean) == 1
+    _, info = load_checkpoint(finished / "networks" / NAMES[0] / "best")
+    best = max(float(row["test_accuracy"]) for row in table(finished / "training.csv")
+               if row["strategy"] == NAMES[0])  # fmt: skip
+    assert info["test_accuracy"] == best
+
+
+def test_tables_and_figures(finished):
+    for stem in ("training_curves", "training_losses", "weight_statistics", "accuracy_by_epoch",
+                 "accuracy_by_injections", "accuracy_minus_mean"):  # fmt: skip
+        assert {path.suffix for path in finished.glob(f"{stem}.*")} >= {".pdf", ".svg", ".png"}
+    assert len(table(finished / "robustness.csv")) == 2 * 2 * 2  # strategies, epochs, ranges
+    pairs = table(finished / "paired_tests.csv")
+    assert len(pairs) == 3 * 2  # between the two, within each; ranges
+    assert all(float(row["p_value"]) <= float(row["p_holm"]) for row in pairs)
+    assert {row["members"] for row in table(finished / "correlations.csv")} == {"all", "learned"}
+
+
+def test_figures_are_drawn_again_by_one_command(finished, tmp_path):
+    table_name = "accuracy_by_injections.csv"
+    (tmp_path / table_name).write_bytes((finished / table_name).read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxfi.report.study", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in ("accuracy_by_epoch.svg", "accuracy_minus_mean.svg"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"has no training\.csv"):
+        write_figures(ROOT / "tests")
+
+
+def test_running_again_trains_and_injects_nothing(finished, monkeypatch):
+    before = {path: path.read_bytes() for path in finished.glob("*.csv")}
+
+    def never(*args, **kwargs):
+        raise AssertionError("nothing is to be done again")
+
+    monkeypatch.setattr(training_strategies, "cumulative_accuracy", never)
+    monkeypatch.setattr(training_strategies, "save_checkpoint", never)
+    monkeypatch.setattr(training_strategies, "write_figures", lambda workdir: None)
+    monkeypatch.setattr("jaxfi.training.sweep._Sweep.epoch", never)
+    training_strategies.run(STRATEGIES, finished)
+    assert {path: path.read_bytes() for path in finished.glob("*.csv")} == before
+    other = dataclasses.replace(STRATEGIES, trials=3)
+    with pytest.raises(ValueError, match="another configuration: trials is 2 there and 3 here"):
+        training_strategies.run(other, finished)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"sweep": ("optimizer",)}, "'optimizer' is not one; allowed: settings once each"),
+    ({"sweep": ("momentum=1",)}, "'momentum=1' is not one"),
+    ({"sweep": ("batch_size=64,x",)}, "'batch_size=64,x' needs values of type int"),
+    ({"sweep": ("optimizer=lion",)}, "optimizer is 'lion'; allowed: adadelta"),
+    ({"ranges": ["5/10"]}, r"ranges is \['5/10'\]; allowed: most/step"),
+    ({"injected_epochs": ["first"]}, "injected_epochs is .*; allowed: last, best"),
+    ({"trials": 0}, "trials is 0; allowed: integers >= 1"),
+    ({"model": "alexnet"}, "model is 'alexnet'; allowed: lenet"),
+])  # fmt: skip
+def test_bad_settings_are_named_before_anything_is_written(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        training_strategies.run(dataclasses.replace(STRATEGIES, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sweeps_are_products_and_members_group_by_what_they_share():
+    base = TrainConfig(schedule="constant", epochs=5)
+    strategies = list_strategies(
+        ["optimizer=sgd weight_decay=0,5e-7", "optimizer=sgd,adam schedule=plateau alpha=0,0.1",
+         "optimizer=sgd", "optimizer=sgd epochs=7 seed=2"], base,
+    )  # fmt: skip
+    assert [strategy.name for strategy in strategies] == [
+        "sgd-constant-b64-wd0", "sgd-constant-b64-wd5e-07", "sgd-plateau-b64-wd0",
+        "sgd-plateau-b64-wd0-a0.1", "adam-plateau-b64-wd0", "adam-plateau-b64-wd0-a0.1",
+        "sgd-constant-b64-wd0-e7-s2",
+    ]  # fmt: skip
+    found = [[member.name for member in group] for group in groups(strategies, 2)]
+    assert [len(group) for group in found] == [2, 1, 1, 1, 1, 1]
+    assert found[0] == ["sgd-constant-b64-wd0", "sgd-constant-b64-wd5e-07"]
+    assert parse_sweep("") == {}
+
+
+def curve_rows() -> list[dict[str, str]]:
+    accuracy = {"a": {"0": (0.8, 0.8), "5": (0.6, 0.8), "10": (0.4, 0.8)},
+                "b": {"0": (0.5, 0.5), "5": (0.5, 0.5), "10": (0.0, 0.25)}}  # fmt: skip
+    return [
+        {"strategy": name, "epoch": "3", "trial": str(trial), "num_faults": count,
+         "accuracy": str(value)}
+        for name, counts in accuracy.items()
+        for count, values in counts.items()
+        for trial, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_areas_by_hand():
+    curves = read_curves(curve_rows())
+    rows = robustness_rows(curves, [10])
+    assert [row[5] for row in rows] == pytest.approx([(0.75 + 1) / 2, (0.75 + 0.875) / 2])
+    (pair,) = pair_rows(curves, [10])
+    assert pair[:5] == ["a", 3, "b", 3, 10]
+    assert pair[5] == pytest.approx((0 - 0.125) / 2)
+    assert pair[8] == 1.0 / 2 * 2  # differences 0 and -0.125: every sign is as far
+
+
+def test_ranges_are_found_again():
+    settings = training_strategies.Settings()
+    assert settings.counts()[:3] == [0, 1000, 2000]
+    assert len(settings.counts()) == 20
+    assert range_ends(settings.counts()) == [10_000, 100_000]
+    assert range_ends([0, 5, 10]) == [10]
+
+
+BITS = bit_sensitivity.Settings(
+    model="tiny",
+    learning_rate=0.01,
+    epochs=1,
+    batch_size=32,
+    num_train_images=64,
+    dtypes=["float64", "float16", "int8"],
+    num_faults=["1", "50"],
+    trials=1,
+    num_images=4,
+    injection_batch_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("bits")
+    bit_sensitivity.run(BITS, workdir)
+    return workdir
+
+
+def test_every_bit_of_every_dtype_has_its_rows(flipped):
+    rows = table(flipped / "accuracy_by_bit.csv")
+    assert [*rows[0]] == ["dtype", "bit", "num_faults", "trial", "accuracy", "num_non_finite"]
+    found = {(row["dtype"], int(row["bit"])) for row in rows}
+    assert found == {
+        (dtype, bit) for dtype, width in (("float64", 64), ("float16", 16), ("int8", 8))
+        for bit in range(width)
+    }  # fmt: skip
+    assert len(rows) == (64 + 16 + 8) * 2
+    by_bit = {row["bit"]: row for row in rows
+              if row["dtype"] == "float64" and row["num_faults"] == "50"}  # fmt: skip
+    assert int(by_bit["62"]["num_non_finite"]) == 4  # 2**1024 times a weight, fifty times
+    assert int(by_bit["54"]["num_non_finite"]) == int(by_bit["0"]["num_non_finite"]) == 0
+    assert {path.suffix for path in flipped.glob("accuracy_by_bit.*")} == {
+        ".csv", ".pdf", ".svg", ".png",
+    }  # fmt: skip
+
+
+def test_bits_are_not_flipped_again(flipped, monkeypatch):
+    before = (flipped / "accuracy_by_bit.csv").read_bytes()
+    monkeypatch.setattr(bit_sensitivity, "cumulative_accuracy", None)
+    monkeypatch.setattr(bit_sensitivity, "write_figures", lambda workdir: None)
+    bit_sensitivity.run(BITS, flipped)
+    assert (flipped / "accuracy_by_bit.csv").read_bytes() == before
+    effects = table(flipped / "bit_effects.csv")
+    assert len(effects) == 64 + 16 + 8
+
+
+def test_bad_bit_settings(tmp_path):
+    for change, message in (
+        ({"dtypes": ["float8"]}, "dtypes is .'float8'.; allowed: float64"),
+        ({"num_faults": ["10", "1"]}, "num_faults is .*; allowed: rising integers"),
+        ({"num_faults": ["x"]}, "num_faults is .'x'.; allowed: integers >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bit_sensitivity.run(dataclasses.replace(BITS, **change), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
+        bit_sensitivity.run(dataclasses.replace(BITS, weights=str(tmp_path / "no")),
+                            tmp_path / "run")  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_bit_effects_equal_struct():
+    weights = np.random.default_rng(0).normal(0, 0.05, 40)
+    effects = {effect.bit: effect for effect in bit_effects(weights)}
+    for bit in (63, 55, 54, 52, 30):
+        changes, ones = [], 0
+        for weight in weights:
+            (word,) = struct.unpack("<Q", struct.pack("<d", weight))
+            ones += word >> bit & 1
+            (flipped,) = struct.unpack("<d", struct.pack("<Q", word ^ (1 << bit)))
+            changes.append(abs(flipped - weight))
+        assert effects[bit].share_one == ones / 40
+        assert effects[bit].median_change == pytest.approx(np.median(changes))
+        assert effects[bit].rms_change == pytest.approx(np.sqrt(np.mean(np.square(changes))))
+    assert effects[62].median_change > 1e290
+    with pytest.raises(ValueError, match="the weights have the dtypes"):
+        stored_weights([np.zeros(2, np.float32), np.zeros(2, np.int8)])
+
+
+def test_float16_flips_to_non_finite_are_counted():
+    effects = {e.bit: e for e in bit_effects(np.array([1.0, 1.5, 0.01], np.float16))}
+    assert effects[14].share_non_finite == pytest.approx(2 / 3)  # 1 becomes Inf, 1.5 NaN
