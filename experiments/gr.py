@@ -42,7 +42,6 @@ from jaxfi.sampling import fault_population, sample_faults, sample_size
 from jaxfi.training import train
 
 LOSSES = ("default", "gradient")
-_STOPPED = "stopped: what is finished is saved; the same command continues it"
 
 
 def run(config: Config, workdir: Path, *, train_only: bool = False) -> list[tables.TableRow]:
@@ -224,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
     if not flags.FLAGS.workdir:
         sys.exit("error: --workdir is missing: give the folder for the results")
     logging.set_verbosity(logging.WARNING)  # matplotlib tells of every glyph
-    stop_soon(_STOPPED)
+    stop_soon()
     try:
         join_from_flags(flags.FLAGS)
         config = config_from_flags(flags.FLAGS)
@@ -232,7 +231,7 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, TypeError, OSError, FloatingPointError, NotReproducible) as error:
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
-        stop_now(_STOPPED)
+        stop_now()
 
 
 def one_line(error: Exception) -> str:

@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 
+STOPPED = "stopped: what is finished is saved; the same command continues it"
 _PATIENCE = 1.0  # seconds until a program that does not listen is ended
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def stop_soon(message: str) -> None:
+def stop_soon(message: str = STOPPED) -> None:
     """From now on, SIGTERM and Ctrl-C raise KeyboardInterrupt, and a second later end the program.
 
     Python handles a signal between two steps of its own, but a compilation can take minutes. A
@@ -26,7 +27,7 @@ def stop_soon(message: str) -> None:
     threading.Thread(target=_watch, args=(reader, message), daemon=True).start()
 
 
-def stop_now(message: str) -> None:
+def stop_now(message: str = STOPPED) -> None:
     """Ends the program without waiting for what its threads are doing."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from absl import app, flags, logging
 from flax import linen as nn
 
 from experiments.config import config_from_flags, define_flags, parse_flags
+from experiments.stopping import stop_now, stop_soon
 from jaxfi.data import Dataset, normalise
 from jaxfi.faults import PyTree
 from jaxfi.slicing import ApplyFn
@@ -58,13 +58,13 @@ def run_from_flags(run: Callable[[Any, Path], Any], settings: type) -> None:
         if not flags.FLAGS.workdir:
             sys.exit("error: --workdir is missing: give the folder for the results")
         logging.set_verbosity(logging.WARNING)  # matplotlib tells of every glyph
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+        stop_soon()
         try:
             run(config_from_flags(flags.FLAGS, settings), Path(flags.FLAGS.workdir))
         except (ValueError, TypeError, OSError, FloatingPointError) as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:
-            sys.exit("stopped: what is finished is saved; the same command continues it")
+            stop_now()
 
     assert dataclasses.is_dataclass(settings)
     define_flags(flags.FLAGS, settings)
