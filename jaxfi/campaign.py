@@ -22,6 +22,7 @@ from tqdm import tqdm
 from jaxfi.engine import ENGINES
 from jaxfi.explain import explain, plan_text
 from jaxfi.fault_list import FaultList
+from jaxfi.fault_sites import checked_integer
 from jaxfi.faults import PyTree
 from jaxfi.golden import Setup, golden_run, network_function
 from jaxfi.ledger import Ledger, MemoryLedger, open_directory
@@ -272,8 +273,7 @@ def _check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
     checked_nan_policy(nan)
-    if seed < 0:
-        raise ValueError(f"seed {seed} is out of range: allowed are integers >= 0")
+    checked_integer("seed", seed, 0)
 
 
 def _checked_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -290,9 +290,7 @@ def _checked_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _batched(images: np.ndarray, batch_size: int) -> np.ndarray:
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is out of range: allowed are integers >= 1")
-    batch_size = min(batch_size, len(images))
+    batch_size = min(checked_integer("batch_size", batch_size, 1), len(images))
     padding = -len(images) % batch_size
     padded = np.concatenate([images, np.repeat(images[:1], padding, axis=0)])
     return padded.reshape(-1, batch_size, *images.shape[1:])

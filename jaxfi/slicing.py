@@ -273,7 +273,7 @@ def _run_inlined(jaxpr: core.Jaxpr, consts: Iterable, inputs: Iterable) -> list:
 def _check_output(jaxpr: core.Jaxpr, batch: int) -> None:
     found = [var.aval.str_short() for var in jaxpr.outvars]
     shape = jaxpr.outvars[0].aval.shape if len(found) == 1 else ()
-    floating = len(found) == 1 and jax.numpy.issubdtype(jaxpr.outvars[0].aval.dtype, np.inexact)
+    floating = len(found) == 1 and jax.numpy.issubdtype(jaxpr.outvars[0].aval.dtype, np.floating)
     if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or not floating:
         raise ValueError(
             f"apply_fn returned {', '.join(found) or 'nothing'} for a batch of {batch} images: "
