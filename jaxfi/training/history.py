@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxfi.files import write_csv, write_whole, writing
-from jaxfi.training.events import scalar_events
+from jaxfi.files import write_csv
 
 
 class EpochRecord(NamedTuple):
@@ -72,12 +70,11 @@ def write_history(history: Sequence[EpochRecord], workdir: Path) -> None:
 
 
 def write_tensorboard(history: Sequence[EpochRecord], workdir: Path) -> None:
-    """Writes the last record to `workdir`/tensorboard, whole; an epoch done again replaces it."""
+    """Writes the last record to `workdir`/tensorboard; points of undone epochs are purged."""
+    from tensorboardX import SummaryWriter
+
     record = history[-1]
-    scalars = {n: v for n, v in record._asdict().items() if n != "epoch" and v is not None}
-    folder = workdir / "tensorboard"
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-    # TensorBoard reads the files of a folder in the order of their names.
-    path = folder / f"events.out.tfevents.{record.epoch:010d}.jaxfi"
-    write_whole(path, scalar_events(record.epoch, time.time(), scalars))
+    with SummaryWriter(str(workdir / "tensorboard"), purge_step=record.epoch) as writer:
+        for name, value in record._asdict().items():
+            if name != "epoch" and value is not None:
+                writer.add_scalar(name, value, record.epoch)
