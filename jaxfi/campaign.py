@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxfi.engine import ENGINES
-from jaxfi.explain import explain, plan_text
+from jaxfi.explain import LeafCost, leaf_costs, least_memory, plan_text
 from jaxfi.fault_list import FaultList
 from jaxfi.fault_sites import checked_integer
 from jaxfi.faults import PyTree
@@ -180,14 +180,15 @@ def run_campaign(
             "seed": seed,
             "num_not_activated": int(np.count_nonzero(~activated)),
         }
+        costs = leaf_costs(network, faults) if engine == "fast" else []
+        memory = _checked_memory(memory_budget, devices, faults, len(images), costs)
         function = network_function(network, apply_fn)
-        golden = golden_run(function, params, batches, len(images))
-        memory = (memory_budget or _default_budget(devices)) // 4
+        golden, speed = golden_run(function, params, batches, len(images))
         setup = Setup(network, function, params, batches, labels, golden, nan, memory)
         with _open_ledger(workdir, provenance, faults, setup, activated) as ledger:
-            if progress and engine == "fast":
-                print(plan_text(explain(apply_fn, params, images, faults, batch_size=batch_size,
-                                        precision=precision)), file=sys.stderr)  # fmt: skip
+            if progress and costs:
+                plan = plan_text(costs, len(images), len(batches), memory, speed)
+                print(plan, file=sys.stderr)
             _run_unfinished(ledger, setup, engine, devices, faults, activated, seed, progress)
             results = ledger.results()
     return Campaign(faults, *results, golden, labels, provenance)
@@ -309,6 +310,26 @@ def _checked_devices(
     if jax.process_count() > 1 and workdir is None:
         raise ValueError(f"{jax.process_count()} processes need a workdir: they share work there")
     return devices
+
+
+def _checked_memory(
+    budget: int | None,
+    devices: Sequence[jax.Device],
+    faults: FaultList,
+    num_images: int,
+    costs: list[LeafCost],
+) -> int:
+    """Bytes for golden values and working space of each device."""
+    # Outcomes and DUEs are kept on the host, a byte each: all, and one block's.
+    kept = 2 * num_images * (len(faults) + min(len(faults), _FAULTS_PER_BLOCK))
+    kept = kept // len(devices) if devices[0].platform == "cpu" else 0
+    memory = (_default_budget(devices) if budget is None else budget) - kept
+    if memory < (least := least_memory(costs)):
+        raise ValueError(
+            f"memory_budget {memory + kept:,} bytes is too small for one batch of images: allowed "
+            f"is {least + kept:,} or more, or a smaller batch_size"
+        )
+    return memory
 
 
 def _default_budget(devices: Sequence[jax.Device]) -> int:

@@ -12,10 +12,12 @@ from jaxfi.faults import PyTree
 from jaxfi.plan import (
     LeafPlan,
     columns_arithmetic,
-    leaf_bytes,
+    golden_bytes,
     network_arithmetic,
+    num_held,
     plan_leaves,
     suffix_arithmetic,
+    working_bytes,
 )
 from jaxfi.slicing import ApplyFn, Network, trace_network
 
@@ -30,7 +32,9 @@ class LeafCost(NamedTuple):
       num_faults: faults in it.
       columns: arithmetic of the columns for one (fault, image), as a share of the network's.
       suffix: the same, of the suffix; only pairs that survive the channel tail need it.
-      golden_bytes: golden values held for one batch of images.
+      golden_bytes: golden values of one batch of images; as many batches are held as fit.
+      working_bytes: what its programs take beside them.
+      group_size: faults that the columns hold; a group costs the same if fewer ride in it.
     """
 
     path: str
@@ -40,6 +44,8 @@ class LeafCost(NamedTuple):
     columns: float
     suffix: float
     golden_bytes: int
+    working_bytes: int
+    group_size: int = 1
 
     @property
     def saving(self) -> float:
@@ -76,28 +82,72 @@ def explain(
     )
     with jax.default_matmul_precision(precision):
         network = trace_network(apply_fn, params, batch)
+    return leaf_costs(network, faults)
+
+
+def leaf_costs(network: Network, faults: FaultList | None) -> list[LeafCost]:
+    """`explain` of a traced network."""
     counts = np.zeros(len(network.leaves), int)
     if faults is not None:
         counts = np.bincount(faults.leaf, minlength=len(network.leaves))
     return [_cost(network, plan, int(counts[plan.leaf])) for plan in plan_leaves(network)]
 
 
-def plan_text(costs: list[LeafCost]) -> str:
-    """The costs as a table, one line a leaf that has faults."""
-    lines = [f"{'leaf':32} {'faults':>8} {'method':>9} {'columns':>8} {'suffix':>8} {'golden':>10}"]
+def least_memory(costs: list[LeafCost]) -> int:
+    """Bytes that the fast engine needs for one batch of images, whichever leaf it is at."""
+    return max((c.golden_bytes + c.working_bytes for c in costs if c.num_faults), default=0)
+
+
+def peak_memory(costs: list[LeafCost], num_batches: int, memory: int) -> int:
+    """Bytes that the fast engine takes within `memory`: golden values and working space."""
+    held = [
+        num_held(memory, cost.golden_bytes, cost.working_bytes, num_batches) * cost.golden_bytes
+        + cost.working_bytes
+        for cost in costs
+        if cost.num_faults
+    ]
+    return max(held, default=0)
+
+
+def plan_text(
+    costs: list[LeafCost], num_images: int, num_batches: int, memory: int, seconds_per_image: float
+) -> str:
+    """The costs as a table, one line a leaf that has faults.
+
+    Args:
+      costs: of `explain`.
+      num_images, num_batches: of the campaign.
+      memory: bytes for golden values and working space.
+      seconds_per_image: of the whole network, as the golden run took.
+    """
+    header = ("leaf", "faults", "method", "columns", "suffix", "memory", "at most")
+    lines = ["{:32} {:>8} {:>9} {:>8} {:>8} {:>11} {:>9}".format(*header)]
+    seconds = []
     for cost in costs:
-        if cost.num_faults:
-            lines.append(
-                f"{cost.path:32} {cost.num_faults:8,} {cost.method:>9} {cost.columns:8.2%} "
-                f"{cost.suffix:8.2%} {cost.golden_bytes / 2**20:6.1f} MiB {cost.reason}".rstrip()
-            )
+        if not cost.num_faults:
+            continue
+        riding = -(-cost.num_faults // cost.group_size) * cost.group_size
+        networks = riding * cost.columns + cost.num_faults * cost.suffix
+        seconds.append(num_images * networks * seconds_per_image)
+        peak = peak_memory([cost], num_batches, memory)
+        lines.append(
+            f"{cost.path:32} {cost.num_faults:8,} {cost.method:>9} {cost.columns:8.2%} "
+            f"{cost.suffix:8.2%} {peak / 2**20:7,.0f} MiB {_duration(seconds[-1]):>9} "
+            f"{cost.reason}".rstrip()
+        )
     total = sum(cost.num_faults for cost in costs)
-    needed = sum(cost.num_faults * (cost.columns + cost.suffix) for cost in costs)
     lines.append(
-        f"{total:,} faults; if no pair is masked early, {needed / max(total, 1):.2%} of the "
-        "arithmetic of running the whole network for each"
+        f"{total:,} faults x {num_images:,} images = {total * num_images:,} outcomes: at most "
+        f"{_duration(sum(seconds))} at the golden run's speed, if no pair is masked early, and "
+        f"compilation; about {peak_memory(costs, num_batches, memory) / 2**20:,.0f} MiB of memory"
     )
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _cost(network: Network, plan: LeafPlan, num_faults: int) -> LeafCost:
@@ -109,5 +159,7 @@ def _cost(network: Network, plan: LeafPlan, num_faults: int) -> LeafCost:
         num_faults=num_faults,
         columns=columns_arithmetic(network, plan) / max(1, plan.num_columns) / whole,
         suffix=suffix_arithmetic(network, plan) / whole,
-        golden_bytes=sum(leaf_bytes(network, var) for var in plan.inputs),
+        golden_bytes=golden_bytes(network, plan),
+        working_bytes=working_bytes(network, plan),
+        group_size=max(1, plan.num_columns),
     )

@@ -410,6 +410,38 @@ def golden_bytes(network: Network, plan: LeafPlan) -> int:
     )
 
 
+def num_held(memory: int, golden: int, working: int, num_batches: int) -> int:
+    """How many batches' golden values are held together, at least 1; all arguments but the last
+    are bytes."""
+    return max(1, min(num_batches, (memory - working) // max(1, golden)))
+
+
+def working_bytes(network: Network, plan: LeafPlan) -> int:
+    """What a leaf's programs take beside the golden values, about, bytes.
+
+    Three groups' columns are in flight: one computed, one waiting, one packed. Of the rows of each
+    block that the suffix may start with there are an old and a new version. Within a program, the
+    two largest values live at a time.
+    """
+    if plan.method == "unreached":
+        return 0
+    columns = 3 * sum(leaf_bytes(network, var) for var in plan.packed)
+    within = [_two_largest(network, [step.equation for step in plan.steps])]
+    suffix = needed_equations(network, [network.output], _known(network, plan))
+    within.append(_two_largest(network, suffix))
+    rows, num_bins = sum(leaf_bytes(network, var) for var in plan.suffix_inputs), 1
+    if plan.ahead is not None:
+        blocks = network.blocks[plan.ahead]
+        height, num_bins = blocks.num_blocks.bit_length() - 1, blocks.num_blocks
+        rows = rows // num_bins + height * leaf_bytes(network, plan.ahead)
+    return columns + 2 * rows * num_bins + max(within)
+
+
+def _two_largest(network: Network, equations: Iterable[core.JaxprEqn]) -> int:
+    sizes = sorted(leaf_bytes(network, var) for e in equations for var in e.outvars)
+    return sum(sizes[-2:])
+
+
 def leaf_bytes(network: Network, var: core.Var) -> int:
     """Size of one value, bytes."""
     return int(jax.numpy.dtype(var.aval.dtype).itemsize * max(1, _size(var.aval.shape)))

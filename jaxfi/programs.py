@@ -13,7 +13,7 @@ from jax.extend import core
 from jaxfi.blocks import Blocks, Partials, climb, layer_dot, partials, siblings
 from jaxfi.faults import corrupt, to_words
 from jaxfi.golden import Setup, compiled
-from jaxfi.plan import LeafPlan, golden_bytes, is_storable
+from jaxfi.plan import LeafPlan, golden_bytes, is_storable, num_held, working_bytes
 from jaxfi.slicing import Network, bind, evaluate, read
 
 
@@ -71,6 +71,7 @@ class Programs:
         held, before._golden = before._golden, {}
         plans = (self.plan, before.plan)
         size = len(setup.batches) * sum(golden_bytes(self.network, plan) for plan in plans)
+        size += working_bytes(self.network, self.plan)
         if len(held) < len(setup.batches) or size > setup.memory or self._golden:
             return
         if self._wanted() == before._wanted():
@@ -85,8 +86,9 @@ class Programs:
 
     def batches_held(self, setup: Setup) -> int:
         """How many batches' golden values fit in memory together, at least 1."""
-        size = max(1, golden_bytes(self.network, self.plan))
-        return max(1, min(len(setup.batches), setup.memory // size))
+        golden = golden_bytes(self.network, self.plan)
+        working = working_bytes(self.network, self.plan)
+        return num_held(setup.memory, golden, working, len(setup.batches))
 
     def golden_rows(self, golden: Golden) -> list[jax.Array]:
         """A batch of rows for the suffix in which nothing is faulty; of block 0."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,10 @@ def test_outcomes_do_not_depend_on_order_company_memory_or_block(monkeypatch) ->
     order = np.random.default_rng(0).permutation(len(faults))
     assert_same(whole, run(model, faults[order]), order)
     assert_same(whole, run(model, faults[2:3]), slice(2, 3))
-    assert_same(whole, run(model, faults, memory_budget=1))
+    with pytest.raises(ValueError, match=r"memory_budget 1 bytes is too small .* allowed is") as e:
+        run(model, faults, memory_budget=1)
+    least = int(re.search(r"is ([\d,]+) or more", str(e.value))[1].replace(",", ""))
+    assert_same(whole, run(model, faults, memory_budget=least))
     assert_same(whole, run(model, faults, seed=7))
     monkeypatch.setattr(campaign, "_FAULTS_PER_BLOCK", 3)
     assert_same(whole, run(model, faults))
