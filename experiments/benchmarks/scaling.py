@@ -34,6 +34,7 @@ _REACHED = flags.DEFINE_float("reached", 0.5, "Share of the peak that is reached
 _MEMORY = flags.DEFINE_float("memory", 141e9, "Bytes of a device: H200.")
 _COMPILATION = flags.DEFINE_float("compilation", 20.0, "Seconds to compile one leaf's programs.")
 _DEVICES = (1, 8, 256)
+_BLOCKS = 4  # of faults, that a device runs at least (jaxfi.workers)
 _CLASSES = 1000
 
 
@@ -153,12 +154,14 @@ def plan_campaign(module: nn.Module, num_images: int, batch_size: int, margin: f
 
 
 def hours(plan: Plan, num_devices: int) -> float:
-    """Of the campaign, compilation included."""
-    computing = plan.operations(_SURVIVING.value) / (_PEAK.value * _REACHED.value * num_devices)
+    """Of the campaign. A device compiles and starts from golden values for every leaf it meets:
+    all of them if it is alone, at least the leaves of its `_BLOCKS` blocks if there are many."""
     leaves = sum(cost.num_faults > 0 for cost in plan.costs)
-    # A device compiles the leaves that it meets: with many devices, about one a block.
-    compiling = _COMPILATION.value * min(leaves, max(4.0, leaves / num_devices))
-    return (computing + compiling) / 3600
+    met = min(leaves, max(_BLOCKS, leaves / num_devices))
+    repeated = met * num_devices / leaves
+    operations = plan.operations(_SURVIVING.value) + (repeated - 1) * plan.golden
+    computing = operations / (_PEAK.value * _REACHED.value * num_devices)
+    return (computing + _COMPILATION.value * met) / 3600
 
 
 def print_plan(name: str, plan: Plan) -> None:
@@ -176,7 +179,7 @@ def print_plan(name: str, plan: Plan) -> None:
     print(f"  golden values of one batch          at most {plan.largest / 2**30:.2f} GiB")
     print(f"  batches of them kept at once        {int(budget // max(1, plan.largest))}")
     for devices in _DEVICES:
-        print(f"  hours on {devices:3} devices                {hours(plan, devices):,.1f}")
+        print(f"  hours on {devices:3} devices                {hours(plan, devices):,.2f}")
     for cost in plan.costs:
         if cost.method == "slice" and cost.num_faults:
             print(f"  slice: {cost.path}: {cost.reason}")
