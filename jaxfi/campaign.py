@@ -170,21 +170,18 @@ def run_campaign(
         network = trace_network(apply_fn, params, shape)
         params = jax.tree.map(jnp.asarray, params)
         activated = faults.activated(params)
-        provenance = {
-            **_fingerprint(params, images, labels, devices[0]),
-            "network_sha256": digest(network),
-            "engine": engine,
-            "precision": precision,
-            "batch_size": batches.shape[1],
-            "nan": nan,
-            "seed": seed,
-            "num_not_activated": int(np.count_nonzero(~activated)),
-        }
         costs = leaf_costs(network, faults) if engine == "fast" else []
         memory = _checked_memory(memory_budget, devices, faults, len(images), costs)
         function = network_function(network, apply_fn)
         golden, speed = golden_run(function, params, batches, len(images))
         setup = Setup(network, function, params, batches, labels, golden, nan, memory)
+        provenance = {
+            **_fingerprint(setup, images, devices[0]),
+            "engine": engine,
+            "precision": precision,
+            "seed": seed,
+            "num_not_activated": int(np.count_nonzero(~activated)),
+        }
         with _open_ledger(workdir, provenance, faults, setup, activated) as ledger:
             if progress and costs:
                 plan = plan_text(costs, len(images), len(batches), memory, speed)
@@ -338,15 +335,16 @@ def _default_budget(devices: Sequence[jax.Device]) -> int:
     return int(0.7 * (devices[0].memory_stats() or {}).get("bytes_limit", machine))
 
 
-def _fingerprint(
-    params: PyTree, images: np.ndarray, labels: np.ndarray, device: jax.Device
-) -> dict[str, Any]:
+def _fingerprint(setup: Setup, images: np.ndarray, device: jax.Device) -> dict[str, Any]:
     """What decides the outcomes' bits. NumPy's version does not: it only draws the faults, which
     are compared themselves, and moves bits."""
     return {
-        "params_sha256": _hash(*jax.tree.leaves(params)),
+        "params_sha256": _hash(*jax.tree.leaves(setup.params)),
         "images_sha256": _hash(images),
-        "labels_sha256": _hash(labels),
+        "labels_sha256": _hash(setup.labels),
+        "network_sha256": digest(setup.network),
+        "batch_size": setup.batch_size,
+        "nan": setup.nan,
         "jaxfi": metadata.version("jaxfi"),
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),

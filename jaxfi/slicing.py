@@ -111,7 +111,7 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
 
 
 def digest(network: Network) -> str:
-    """SHA-256 of what the network computes: operations, shapes, plain settings and constants."""
+    """SHA-256 of what the network computes: operations, shapes, settings, constants, blocks."""
     hashed = hashlib.sha256()
     for equation in network.equations:
         plain = {
@@ -125,6 +125,7 @@ def digest(network: Network) -> str:
         hashed.update(re.sub("0x[0-9a-f]+", "", repr(sorted(plain.items()))).encode())
     for value in network.given.values():
         hashed.update(np.asarray(value).tobytes())
+    hashed.update(repr(list(network.blocks.values())).encode())
     return hashed.hexdigest()
 
 

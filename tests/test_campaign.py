@@ -297,6 +297,29 @@ def test_lenet_outcomes_are_those_of_a_pytorch_rerun(num_faults: int, num_images
     assert 0.001 < changed.mean() < 0.9
 
 
+class FakeDevice:
+    def __init__(self, platform: str, process_index: int = 0):
+        self.platform, self.device_kind, self.process_index = platform, "one", process_index
+
+
+@pytest.mark.parametrize(
+    "devices, message",
+    [
+        ((FakeDevice("cpu"), FakeDevice("gpu")), "devices are cpu one and gpu one: allowed is one"),
+        ((FakeDevice("cpu", process_index=1),), "another process's: allowed are jax.local_dev"),
+    ],
+)
+def test_devices_that_cannot_share_a_campaign(devices: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_campaign(**arguments(), devices=devices)
+
+
+def test_several_processes_need_a_directory(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ValueError, match="3 processes need a workdir"):
+        run_campaign(**arguments())
+
+
 def test_outcomes_do_not_depend_on_how_many_devices() -> None:
     program = """
 import jax, numpy as np

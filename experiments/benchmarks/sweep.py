@@ -9,7 +9,6 @@ process compile eight times. A member equals its run alone (tests/test_sweep.py)
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from typing import Any
 
@@ -58,11 +57,6 @@ def member_config(options: Any, number: int) -> TrainConfig:
 def measure(options: Any, configs: list[TrainConfig]) -> tuple[float, float]:
     """Seconds of the first call beyond a later one, and of one step: the best of `REPEATS`."""
     dataset = load_dataset("digits")
-    dataset = dataclasses.replace(
-        dataset,
-        train_images=jnp.asarray(dataset.train_images),
-        train_labels=jnp.asarray(dataset.train_labels),
-    )
     model = MODELS[options.model](num_classes=dataset.num_classes)
     plan = Plan(options.convolution, "fast", options.steps if options.steps > 1 else 1)
     run_steps = make_run_members(model, dataset, configs, plan)
@@ -81,7 +75,7 @@ def measure(options: Any, configs: list[TrainConfig]) -> tuple[float, float]:
 
 def batches_of(dataset: Any, configs: list[TrainConfig]) -> Any:
     """One epoch's batches, shared by members of one seed."""
-    train_set = dataset.train_images, dataset.train_labels
+    train_set = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
     own = [epoch_batches(train_set, config.seed, 0) for config in configs]
     if len({config.seed for config in configs}) == 1:
         return own[0]
