@@ -36,9 +36,10 @@ from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
 from jaxfi.models import MODELS
 from jaxfi.outcomes import paired_difference
-from jaxfi.report import figures, tables
+from jaxfi.report import coverage, figures, tables
 from jaxfi.report.shares import layer_name
 from jaxfi.sampling import fault_population, sample_faults, sample_size
+from jaxfi.testset import DETECTS
 from jaxfi.training import train
 
 LOSSES = ("default", "gradient")
@@ -199,7 +200,10 @@ def write_report(
     tables.write_csv(rows, workdir / "table.csv")
     tables.write_markdown(rows, difference, workdir / "table.md")
     tables.write_latex(rows, difference, workdir / "table.tex")
-    write_figures(config, campaigns, order, workdir)
+    names = (f"{config.model}, default loss", f"{config.model}, gradient loss (α={config.alpha:g})")
+    named = dict(zip(names, (campaigns[loss] for loss in LOSSES), strict=True))
+    write_figures(config, named, order, workdir)
+    write_coverage(named, workdir)
     tables.print_table(rows, difference)
     return rows
 
@@ -208,13 +212,24 @@ def write_figures(
     config: Config, campaigns: Mapping[str, Campaign], order: Sequence[str], workdir: Path
 ) -> None:
     """The three figures; the one by bit position only where faults have bits."""
-    names = (f"{config.model}, default loss", f"{config.model}, gradient loss (α={config.alpha:g})")
-    named = dict(zip(names, (campaigns[loss] for loss in LOSSES), strict=True))
-    figures.save_figure(figures.outcome_shares(named, config.t), workdir / "outcome_shares")
-    by_layer = figures.critical_by_layer(named, order, config.t)
+    figures.save_figure(figures.outcome_shares(campaigns, config.t), workdir / "outcome_shares")
+    by_layer = figures.critical_by_layer(campaigns, order, config.t)
     figures.save_figure(by_layer, workdir / "critical_by_layer")
-    if (campaigns["default"].faults.bit >= 0).any():
-        figures.save_figure(figures.outcomes_by_bit(named, config.t), workdir / "outcomes_by_bit")
+    if any((campaign.faults.bit >= 0).any() for campaign in campaigns.values()):
+        by_bit = figures.outcomes_by_bit(campaigns, config.t)
+        figures.save_figure(by_bit, workdir / "outcomes_by_bit")
+
+
+def write_coverage(campaigns: Mapping[str, Campaign], workdir: Path) -> None:
+    """How many images a test needs to detect the faults of each network."""
+    measured = [
+        coverage.measure_coverage(name, campaign.outcomes, detect)
+        for detect in DETECTS
+        for name, campaign in campaigns.items()
+    ]
+    coverage.write_csv(measured, workdir / "coverage.csv")
+    coverage.write_latex(measured, workdir / "coverage.tex")
+    figures.save_figure(coverage.coverage_figure(measured), workdir / "coverage")
 
 
 def main(argv: Sequence[str]) -> None:
