@@ -138,7 +138,7 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     """Parses the command line; ends the program in one line for a flag it does not know."""
     try:
         return flags.FLAGS(arguments)
-    except flags.Error as error:
+    except (flags.Error, UnicodeDecodeError) as error:  # the latter from a flagfile
         sys.exit(f"error: {' '.join(str(error).split())} (--helpfull lists the flags)")
 
 
