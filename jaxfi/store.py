@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from jaxfi.files import (
 from jaxfi.outcomes import CRITICAL, Results
 
 _CHUNK_NAME = re.compile(r"faults-\d{9,}-\d{9,}-[0-9a-f]{32}\.parquet")
-_LOOK_EVERY = 0.1  # seconds
+_LOOKS, _LOOK_EVERY = 600, 0.1  # seconds; a file server may show a file that is gone for a minute
 _MERGED_BYTES = 2**26  # of packed outcomes in one merged chunk, before compression
 
 
@@ -80,15 +80,7 @@ class Store:
 
         Raises ValueError naming a file that is damaged or foreign.
         """
-        finished = np.zeros(len(self.faults), bool)
-        for path in self._chunks():
-            if path.name not in self._rows_of:
-                try:
-                    self._rows_of[path.name] = self._read_chunk(path)[0]
-                except FileNotFoundError:  # process 0 has just merged it
-                    return self.finished()
-            finished[self._rows_of[path.name]] = True
-        return finished
+        return _patiently(self._find_finished)
 
     def write(
         self, rows: np.ndarray, outcomes: np.ndarray, due: np.ndarray, correct: np.ndarray
@@ -128,14 +120,15 @@ class Store:
 
         Raises ValueError if faults are missing, or naming a file that is damaged or foreign.
         """
-        while True:
-            try:
-                return self._read_once()
-            except FileNotFoundError as error:
-                if not (self.directory / "results").is_dir():
-                    raise error
-                # Process 0 has just merged it: its name is gone, at last on a file server too.
-                time.sleep(_LOOK_EVERY)
+        return _patiently(self._read_once)
+
+    def _find_finished(self) -> np.ndarray:
+        finished = np.zeros(len(self.faults), bool)
+        for path in self._chunks():
+            if path.name not in self._rows_of:
+                self._rows_of[path.name] = self._read_chunk(path)[0]
+            finished[self._rows_of[path.name]] = True
+        return finished
 
     def _read_once(self) -> Results:
         shape = len(self.faults), self.num_images
@@ -272,6 +265,18 @@ def load(directory: str | os.PathLike) -> StoredCampaign:
     store = Store(directory)
     arrays = _read_golden(store.directory)
     return StoredCampaign(store.fingerprint, store.faults, arrays, store.read())
+
+
+def _patiently(read: Callable[[], Any]) -> Any:
+    """`read()`, again when a chunk is gone that was listed: process 0 has just merged it."""
+    for _ in range(_LOOKS):
+        try:
+            return read()
+        except FileNotFoundError as error:
+            if not Path(error.filename or "").parent.is_dir():
+                raise
+            time.sleep(_LOOK_EVERY)
+    return read()
 
 
 def _golden_file(directory: Path) -> Path | None:

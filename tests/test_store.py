@@ -214,6 +214,34 @@ def test_any_chunks_give_the_same_result(
 MERGED_NAMES: dict[str, str] = {}  # of the first example, which all others must repeat
 
 
+def test_reading_while_another_process_merges(tmp_path: Path, monkeypatch) -> None:
+    """A chunk that was listed is gone when it is opened: what replaced it is read."""
+    write_all(tmp_path)
+    with opened(tmp_path) as store, opened(tmp_path, process_index=1) as other:
+        list_chunks = other._chunks
+
+        def merged_meanwhile() -> list[Path]:
+            paths = list_chunks()
+            if len(paths) > 1:
+                store.merge()
+            return paths
+
+        monkeypatch.setattr(other, "_chunks", merged_meanwhile)
+        assert other.finished().all()
+        write_rows(store, np.arange(3))  # two files again
+        for merged, expected in zip(other.read(), RESULTS, strict=True):
+            np.testing.assert_array_equal(merged, expected)
+
+
+def test_a_link_to_nowhere_is_named(finished_campaign: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(store_module, "_LOOKS", 2)
+    copy = Path(shutil.copytree(finished_campaign, tmp_path / "copy"))
+    name = f"faults-000000000-000000001-{'0' * 32}.parquet"
+    (copy / "results" / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=name):
+        load(copy)
+
+
 def test_merge_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_MERGED_BYTES", 13 * 9)
     write_all(tmp_path, size=7)
