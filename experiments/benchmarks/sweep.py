@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.sweep --members=8 --steps=20
 
 Times are of whole compiled steps, after compilation, which is given apart: eight trainings of one
-process compile eight times. A member equals its run alone (tests/test_sweep.py).
+process compile eight times. CPU time is what a shared machine can still tell: it leaves out the
+waiting, not the idle core. A member equals its run alone (tests/test_sweep.py).
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def main() -> None:
     configs = [member_config(options, number) for number in range(options.members)]
     print(f"{options.model}, digits, batch {options.batch_size}, {options.steps} steps, "
           f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")  # fmt: skip
-    together = measure(options, configs)
-    alone = measure(options, configs[:1])
-    compiled, steady = alone[0] * options.members, alone[1] * options.members
-    print(f"one after the other: compilation {compiled:.1f} s, {1e3 * steady:.0f} ms a step of all")
-    print(f"together: compilation {together[0]:.1f} s, {1e3 * together[1]:.0f} ms a step of all")
-    print(f"speed-up of a step: {steady / together[1]:.2f}")
+    together, alone = measure(options, configs), measure(options, configs[:1])
+    for name, here, one in zip(("wall", "CPU"), together, alone, strict=True):
+        compiled, steady = one[0] * options.members, one[1] * options.members
+        print(f"{name} time, one after the other: compilation {compiled:.1f} s, "
+              f"{1e3 * steady:.0f} ms a step of all; together: compilation {here[0]:.1f} s, "
+              f"{1e3 * here[1]:.0f} ms a step of all; speed-up {steady / here[1]:.2f}")  # fmt: skip
 
 
 def member_config(options: Any, number: int) -> TrainConfig:
@@ -54,8 +55,8 @@ def member_config(options: Any, number: int) -> TrainConfig:
     )  # fmt: skip
 
 
-def measure(options: Any, configs: list[TrainConfig]) -> tuple[float, float]:
-    """Seconds of the first call beyond a later one, and of one step: the best of `REPEATS`."""
+def measure(options: Any, configs: list[TrainConfig]) -> list[tuple[float, float]]:
+    """In wall time and CPU time: seconds of compilation, and of one step, the best of REPEATS."""
     dataset = load_dataset("digits")
     model = MODELS[options.model](num_classes=dataset.num_classes)
     plan = Plan(options.convolution, "fast", options.steps if options.steps > 1 else 1)
@@ -65,12 +66,16 @@ def measure(options: Any, configs: list[TrainConfig]) -> tuple[float, float]:
     state = stack([initial_state(variables, config) for config in configs])
     batches = batches_of(dataset, configs)
     rates = jnp.full(len(configs), 0.01, jnp.float32)
-    seconds = []
+    clocks = (time.perf_counter, time.process_time)
+    rows = []
     for _ in range(1 + REPEATS):
-        start = time.perf_counter()
+        start = [clock() for clock in clocks]
         state = jax.block_until_ready(run_steps(state, batches, rates, 0, options.steps))
-        seconds.append(time.perf_counter() - start)
-    return seconds[0] - min(seconds[1:]), min(seconds[1:]) / options.steps
+        rows.append([clock() - began for clock, began in zip(clocks, start, strict=True)])
+    return [
+        (first - min(later), min(later) / options.steps)
+        for first, *later in zip(*rows, strict=True)
+    ]
 
 
 def batches_of(dataset: Any, configs: list[TrainConfig]) -> Any:

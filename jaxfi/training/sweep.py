@@ -169,15 +169,16 @@ class _Sweep:
         self.evaluate = make_evaluate(model, dataset.mean, dataset.std, batch_size)
 
     def start(self, folder: Path | None) -> _Progress:
+        if folder and has_checkpoint(folder):  # of the initial state only the shapes are needed
+            return load(folder, jax.eval_shape(self.initial), self.configs)
         members = range(len(self.configs))
-        state = stack([self.initial(config) for config in self.configs])
-        progress = _Progress(state, [[] for _ in members], [None for _ in members], None)
-        return load(folder, progress, self.configs) if folder else progress
+        return _Progress(self.initial(), [[] for _ in members], [None for _ in members], None)
 
-    def initial(self, config: TrainConfig) -> TrainState:
+    def initial(self) -> TrainState:
         image = jnp.zeros((1, *self.dataset.train_images.shape[1:]), jnp.float32)
-        variables = jax.jit(self.model.init)(jax.random.key(config.seed), image)
-        return initial_state(variables, config)
+        initialise = jax.jit(self.model.init)
+        variables = [initialise(jax.random.key(config.seed), image) for config in self.configs]
+        return stack([initial_state(v, c) for v, c in zip(variables, self.configs, strict=True)])
 
     def choose(self, progress: _Progress) -> tuple[Plan, RunSteps]:
         def make(plan: Plan) -> RunSteps:
@@ -275,22 +276,20 @@ def save(folder: Path, progress: _Progress, configs: Sequence[TrainConfig]) -> N
     save_checkpoint(folder, {f"{number:05d}": leaf for number, leaf in enumerate(leaves)}, info)
 
 
-def load(folder: Path, initial: _Progress, configs: Sequence[TrainConfig]) -> _Progress:
-    """What `save` wrote, or `initial` if there is nothing.
+def load(folder: Path, like: TrainState, configs: Sequence[TrainConfig]) -> _Progress:
+    """What `save` wrote, a state of the structure and shapes of `like`.
 
     Raises ValueError if the folder is of another sweep.
     """
-    if not has_checkpoint(folder):
-        return initial
     leaves, info = load_checkpoint(folder)
     wanted = [dataclasses.asdict(config) for config in configs]
-    shapes = [leaf.shape for leaf in jax.tree.leaves(initial.state)]
+    shapes = [leaf.shape for leaf in jax.tree.leaves(like)]
     found = [leaves[name].shape for name in sorted(leaves)]
     if _plain(info["configs"]) != _plain(wanted) or shapes != found:
         raise ValueError(f"{folder} holds another sweep: use another folder")
     arrays = [jnp.asarray(leaves[name]) for name in sorted(leaves)]
     return _Progress(
-        jax.tree.unflatten(jax.tree.structure(initial.state), arrays),
+        jax.tree.unflatten(jax.tree.structure(like), arrays),
         [[EpochRecord(*record) for record in history] for history in info["histories"]],
         [None if at is None else (at[0], at[1]) for at in info["diverged"]],
         Plan(**info["plan"]),
