@@ -7,7 +7,7 @@ import resource
 import pytest
 from absl import flags
 
-from experiments.benchmarks.scaling import NETWORKS, hours, plan_campaign
+from experiments.benchmarks.scaling import NETWORKS, hours, plan_network
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,10 @@ from experiments.benchmarks.scaling import NETWORKS, hours, plan_campaign
     ],
 )
 def test_a_large_network_is_planned_in_little_memory(name, parameters, operations) -> None:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["scaling"])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    plan = plan_campaign(NETWORKS[name](), num_images=50_000, batch_size=100, margin=0.01)
+    plan = plan_network(NETWORKS[name]())
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert plan.num_parameters == parameters
     assert plan.network == pytest.approx(operations, rel=0.01)
@@ -28,6 +30,4 @@ def test_a_large_network_is_planned_in_little_memory(name, parameters, operation
     assert sum(cost.num_faults for cost in plan.costs) == plan.num_faults == 16_641
     assert plan.largest < 4 * 2**30
     assert plan.operations(1.0) < 0.6 * plan.network * plan.num_faults * 50_000
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["scaling"])
     assert hours(plan, 1) > hours(plan, 8) > hours(plan, 256) > 0

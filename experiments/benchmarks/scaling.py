@@ -3,36 +3,36 @@
     python -m experiments.benchmarks.scaling
     python -m experiments.benchmarks.scaling --num_images=10000 --batch_size=64
 
-The engine's own plan (`jaxfi.explain`) is made from shapes: no parameter is allocated and nothing
-is compiled or run. Everything else here is an assumption, and a flag.
+The engine's own plan is made from shapes: no parameter is allocated and nothing is compiled or run.
+Everything else here is an assumption, and a flag.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from flax import linen as nn
 
+from experiments.benchmarks.campaign_plan import (
+    CampaignPlan,
+    compiling_seconds,
+    computing_seconds,
+    plan_campaign,
+)
 from experiments.config import parse_flags
-from jaxfi.explain import LeafCost, explain
-from jaxfi.plan import network_arithmetic
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import PyTree
 from jaxfi.sampling import fault_population, sample_faults, sample_size
-from jaxfi.slicing import trace_network
 
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 50_000, "Images of the campaign.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images per batch.")
 _MARGIN = flags.DEFINE_float("margin", 0.01, "Sets the number of faults.")
 _SURVIVING = flags.DEFINE_float("surviving", 1.0, "Share of pairs that need the suffix.")
-_PEAK = flags.DEFINE_float("peak", 67e12, "Operations a second of a device: H200, float32.")
-_REACHED = flags.DEFINE_float("reached", 0.5, "Share of the peak that is reached.")
 _MEMORY = flags.DEFINE_float("memory", 141e9, "Bytes of a device: H200.")
-_COMPILATION = flags.DEFINE_float("compilation", 20.0, "Seconds to compile one leaf's programs.")
 _DEVICES = (1, 8, 256)
 _BLOCKS = 4  # of faults, that a device runs at least (jaxfi.workers)
 _CLASSES = 1000
@@ -97,74 +97,27 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Plan(NamedTuple):
-    """What a campaign on a network takes, by the engine's plan.
+def plan_network(module: nn.Module) -> CampaignPlan:
+    """Plans a campaign on images of 224 x 224, by the flags."""
 
-    Attributes:
-      num_parameters, num_faults: of the network; of the campaign.
-      network: operations of one image through the network.
-      costs: each leaf's.
-      golden: operations of the golden values that all leaves start from, all images.
-      columns, suffix: operations of the columns; of the suffix if every pair survives.
-      largest: bytes of the golden values of one batch, of the leaf that has most.
-    """
+    def list_faults(params: PyTree) -> FaultList:
+        return sample_faults(0, params, sample_size(fault_population(params), _MARGIN.value))
 
-    num_parameters: int
-    num_faults: int
-    network: float
-    costs: list[LeafCost]
-    golden: float
-    columns: float
-    suffix: float
-    largest: int
-
-    def operations(self, surviving: float) -> float:
-        """Of the whole campaign, if this share of the pairs needs the suffix."""
-        return self.golden + self.columns + surviving * self.suffix
+    images = jax.ShapeDtypeStruct((_NUM_IMAGES.value, 224, 224, 3), jnp.float32)
+    return plan_campaign(module, images, list_faults, _BATCH_SIZE.value)
 
 
-def plan_campaign(module: nn.Module, num_images: int, batch_size: int, margin: float) -> Plan:
-    """Plans a campaign on images of 224 x 224 from shapes alone."""
-    images = jax.ShapeDtypeStruct((num_images, 224, 224, 3), jnp.float32)
-    batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
-    variables = jax.eval_shape(module.init, jax.random.key(0), batch)
-    # Running statistics are not faulted; here they have no values, so zeros stand for them.
-    rest = {name: tree for name, tree in variables.items() if name != "params"}
-    rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
-    params = variables["params"]
-
-    def apply_fn(params: Any, images: jax.Array) -> jax.Array:
-        return module.apply({"params": params, **rest}, images)
-
-    num_faults = sample_size(fault_population(params), margin)
-    faults = sample_faults(0, params, num_faults)
-    costs = explain(apply_fn, params, images, faults, batch_size=batch_size)
-    network = network_arithmetic(trace_network(apply_fn, params, batch)) / batch_size
-    pairs = network * num_images
-    return Plan(
-        num_parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)),
-        num_faults=num_faults,
-        network=network,
-        costs=costs,
-        golden=pairs * sum((1 - cost.suffix) for cost in costs if cost.num_faults),
-        columns=pairs * sum(cost.num_faults * cost.columns for cost in costs),
-        suffix=pairs * sum(cost.num_faults * cost.suffix for cost in costs),
-        largest=max(cost.golden_bytes for cost in costs),
-    )
-
-
-def hours(plan: Plan, num_devices: int) -> float:
+def hours(plan: CampaignPlan, num_devices: int) -> float:
     """Of the campaign. A device compiles and starts from golden values for every leaf it meets:
     all of them if it is alone, at least the leaves of its `_BLOCKS` blocks if there are many."""
-    leaves = sum(cost.num_faults > 0 for cost in plan.costs)
+    leaves = plan.num_leaves
     met = min(leaves, max(_BLOCKS, leaves / num_devices))
     repeated = met * num_devices / leaves
     operations = plan.operations(_SURVIVING.value) + (repeated - 1) * plan.golden
-    computing = operations / (_PEAK.value * _REACHED.value * num_devices)
-    return (computing + _COMPILATION.value * met) / 3600
+    return (computing_seconds(operations, num_devices) + compiling_seconds(met)) / 3600
 
 
-def print_plan(name: str, plan: Plan) -> None:
+def print_plan(name: str, plan: CampaignPlan) -> None:
     rerun = plan.network * plan.num_faults * _NUM_IMAGES.value
     budget = 0.7 * _MEMORY.value / 4
     methods = [cost.method for cost in plan.costs]
@@ -189,8 +142,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
     for name, make in NETWORKS.items():
-        plan = plan_campaign(make(), _NUM_IMAGES.value, _BATCH_SIZE.value, _MARGIN.value)
-        print_plan(name, plan)
+        print_plan(name, plan_network(make()))
 
 
 if __name__ == "__main__":

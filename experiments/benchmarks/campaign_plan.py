@@ -1,0 +1,106 @@
+"""A campaign planned from shapes, and how long an H200 is assumed to take for one.
+
+The engine's own plan (`jaxfi.explain`) is made from shapes: no parameter is allocated and nothing
+is compiled or run. The assumptions about the device are flags; docs/scaling.md says where they are
+from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import linen as nn
+
+from jaxfi.explain import LeafCost, explain
+from jaxfi.fault_list import FaultList
+from jaxfi.faults import PyTree
+from jaxfi.plan import network_arithmetic
+from jaxfi.slicing import trace_network
+
+_PEAK = flags.DEFINE_float("peak", 67e12, "Operations a second of a device: H200, float32.")
+_REACHED = flags.DEFINE_float("reached", 0.5, "Share of the peak that is reached.")
+_COMPILATION = flags.DEFINE_float("compilation", 20.0, "Seconds to compile one leaf's programs.")
+
+
+class CampaignPlan(NamedTuple):
+    """What a campaign on a network takes, by the engine's plan.
+
+    Attributes:
+      num_parameters, num_faults: of the network; of the campaign.
+      network: operations of one image through the network.
+      costs: each leaf's.
+      golden: operations of the golden values that all leaves start from, all images.
+      columns, suffix: operations of the columns; of the suffix if every pair survives.
+      largest: bytes of the golden values of one batch, of the leaf that has most.
+    """
+
+    num_parameters: int
+    num_faults: int
+    network: float
+    costs: list[LeafCost]
+    golden: float
+    columns: float
+    suffix: float
+    largest: int
+
+    def operations(self, surviving: float) -> float:
+        """Of the whole campaign, if this share of the pairs needs the suffix."""
+        return self.golden + self.columns + surviving * self.suffix
+
+    @property
+    def num_leaves(self) -> int:
+        """Leaves that have faults."""
+        return sum(cost.num_faults > 0 for cost in self.costs)
+
+
+def plan_campaign(
+    module: nn.Module,
+    images: jax.ShapeDtypeStruct,
+    list_faults: Callable[[PyTree], FaultList],
+    batch_size: int,
+) -> CampaignPlan:
+    """Plans a campaign on `images` [N, H, W, C]; `list_faults` gets the parameters' shapes."""
+    batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
+    variables = jax.eval_shape(module.init, jax.random.key(0), batch)
+    # Running statistics are not faulted; here they have no values, so zeros stand for them.
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
+    params = variables["params"]
+
+    def apply_fn(params: Any, images: jax.Array) -> jax.Array:
+        return module.apply({"params": params, **rest}, images)
+
+    faults = list_faults(params)
+    costs = explain(apply_fn, params, images, faults, batch_size=batch_size)
+    network = network_arithmetic(trace_network(apply_fn, params, batch)) / batch_size
+    pairs = network * images.shape[0]
+    return CampaignPlan(
+        num_parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)),
+        num_faults=len(faults),
+        network=network,
+        costs=costs,
+        golden=pairs * sum((1 - cost.suffix) for cost in costs if cost.num_faults),
+        columns=pairs * sum(_riding(cost) * cost.columns for cost in costs),
+        suffix=pairs * sum(cost.num_faults * cost.suffix for cost in costs),
+        largest=max(cost.golden_bytes for cost in costs),
+    )
+
+
+def computing_seconds(operations: float, num_devices: int = 1) -> float:
+    """Of so many operations on that many H200s, by the flags."""
+    return operations / (_PEAK.value * _REACHED.value * num_devices)
+
+
+def compiling_seconds(num_leaves: float) -> float:
+    """Of the programs of so many leaves, by the flag."""
+    return _COMPILATION.value * num_leaves
+
+
+def _riding(cost: LeafCost) -> int:
+    """Columns that are computed for a leaf's faults: groups are filled up."""
+    return -(-cost.num_faults // cost.group_size) * cost.group_size
