@@ -251,8 +251,8 @@ def surface_function(settings: Settings, dataset: Dataset) -> Any:
     if jax.default_backend() == "cpu":
         apply_fn = with_matmul_convolutions(apply_fn)  # whose gradients are faster there
 
-    @jax.jit
-    def measure(variables: PyTree) -> Any:
+    @jax.jit  # images are an argument: the compiler would spend minutes on a constant's patches
+    def measure(variables: PyTree, images: jax.Array) -> Any:
         def loss_fn(params: PyTree) -> jax.Array:
             logits = apply_fn({**variables, "params": params}, images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -261,7 +261,7 @@ def surface_function(settings: Settings, dataset: Dataset) -> Any:
         found = loss_surface(loss_fn, variables["params"], key, settings.surface_iterations)
         return found.gradient_norm, found.sharpness
 
-    return lambda variables: tuple(float(value) for value in measure(variables))
+    return lambda variables: tuple(float(value) for value in measure(variables, images))
 
 
 if __name__ == "__main__":
