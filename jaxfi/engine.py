@@ -11,7 +11,6 @@ depend on it. See docs/engine.md.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -36,11 +35,11 @@ Engine = Callable[[FaultList, Advance], Results]
 
 def reference_engine(setup: Setup) -> Engine:
     """Plain re-execution: for each fault, inject and run the user's network on every batch."""
-    network = compiled(setup.apply_fn)
+    network, injected = compiled(setup.apply_fn), compiled(inject)
 
     def run(faults: FaultList, advance: Advance) -> Results:
         tally = Tally(setup, len(faults))
-        _rerun(network, setup, faults, np.arange(len(faults)), tally, advance)
+        _rerun(network, injected, setup, faults, np.arange(len(faults)), tally, advance)
         return tally.results()
 
     return run
@@ -146,16 +145,11 @@ def _columns_move_bits(programs: Programs, setup: Setup, golden: Golden, faults:
 def _run_whole(setup, programs, faults, rows, tally, advance) -> None:
     """Plain re-execution of the whole network."""
     network = programs.shared.setdefault("whole", compiled(setup.apply_fn))
-    _rerun(network, setup, faults, rows, tally, advance)
+    injected = programs.shared.setdefault("inject", compiled(inject))
+    _rerun(network, injected, setup, faults, rows, tally, advance)
 
 
-@functools.cache
-def _injector() -> Callable:
-    return compiled(inject)
-
-
-def _rerun(network, setup, faults, rows, tally, advance) -> None:
-    injected = _injector()
+def _rerun(network, injected, setup, faults, rows, tally, advance) -> None:
     for row, position in enumerate(rows):
         params = injected(setup.params, faults.fault(row))
         for number, batch in enumerate(setup.batches):

@@ -57,10 +57,14 @@ class Setup:
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """`jax.jit` with the arithmetic of a campaign: every engine compiles with it."""
-    on_cpu = jax.default_backend() == "cpu"
-    arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if on_cpu else {})}
+    """`jax.jit` with the arithmetic of a campaign, for the default device: engines compile so."""
+    arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if _platform() == "cpu" else {})}
     return jax.jit(function, compiler_options=arithmetic, **options)
+
+
+def _platform() -> str:
+    device = getattr(jax.config, "jax_default_device", None)
+    return getattr(device, "platform", device) or jax.default_backend()
 
 
 def network_function(network: Network, apply_fn: ApplyFn) -> ApplyFn:
