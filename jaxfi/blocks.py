@@ -95,7 +95,10 @@ def siblings(levels: list[jax.Array], block: Any) -> list[jax.Array]:
 
 
 def climb(partial: jax.Array, *others: jax.Array) -> jax.Array:
-    """The layer's result from one partial sum and its siblings. a + b is b + a to the bit."""
+    """The layer's result from one partial sum and its siblings.
+
+    a + b is b + a to the bit, unless both are NaN: which of the two it is then is not known.
+    """
     for other in others:
         partial = partial + other
     return partial

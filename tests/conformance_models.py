@@ -99,6 +99,18 @@ def wide_channels_first() -> Model:
     return apply_fn, params, (2, 16, 16)
 
 
+def wide_twice() -> Model:
+    """Wide weights that two layers use, and a wide layer's input that the sum behind it reads."""
+    params = {"in": dense_layer(0, 6, 1024), "tied": normal(2, 1024, 1024),
+              "out": dense_layer(3, 1024, CLASSES)}  # fmt: skip
+
+    def apply_fn(p, x):
+        x = jax.nn.relu(dense(x, p["in"]))
+        return dense(jnp.tanh(jax.nn.relu(x @ p["tied"]) @ p["tied"]) + x, p["out"])
+
+    return apply_fn, params, (6,)
+
+
 class LinenCnn(nn.Module):
     """Convolutions, BatchNorm, both pools."""
 
@@ -351,7 +363,7 @@ def spectral() -> Model:
     return lambda p, x: jnp.abs(jnp.fft.fft(x @ p["a"])) @ p["c"], params, (5,)
 
 
-TINY = (plain_mlp, plain_conv, wide_layers, wide_channels_first, linen_cnn, nnx_cnn,
+TINY = (plain_mlp, plain_conv, wide_layers, wide_channels_first, wide_twice, linen_cnn, nnx_cnn,
         equinox_cnn, haiku_cnn, depthwise_separable,
         dense_concatenation, squeeze_and_excite, vision_transformer, recurrent, shared_leaf,
         rematerialized, unreached_leaf, scalars_and_integers, sliced_scale, dead_inputs,
