@@ -27,7 +27,8 @@ class LeafCost(NamedTuple):
 
     Attributes:
       path: the leaf.
-      method: "columns", "slice" (no rule: the suffix, one fault at a time) or "unreached".
+      method: "columns", "slice" (no rule: the suffix, one fault at a time) or "unreached". Of the
+        first two, a campaign makes "whole" (plain re-execution) if a golden batch asks for it.
       reason: why not columns; empty if columns.
       num_faults: faults in it.
       columns: arithmetic of the columns for one (fault, image), as a share of the network's.
@@ -35,6 +36,7 @@ class LeafCost(NamedTuple):
       golden_bytes: golden values of one batch of images; as many batches are held as fit.
       working_bytes: what its programs take beside them.
       group_size: faults that the columns hold; a group costs the same if fewer ride in it.
+      num_blocks: of the leaf's own layer; the faults of a group are in one block.
     """
 
     path: str
@@ -46,6 +48,15 @@ class LeafCost(NamedTuple):
     golden_bytes: int
     working_bytes: int
     group_size: int = 1
+    num_blocks: int = 1
+
+    @property
+    def num_columns(self) -> int:
+        """Columns that are computed for all its faults: whole groups, each of one block."""
+        groups = -(-self.num_faults // self.group_size)
+        if self.num_blocks > 1:
+            groups = min(self.num_faults, self.num_blocks + self.num_faults // self.group_size)
+        return groups * self.group_size
 
     @property
     def saving(self) -> float:
@@ -126,8 +137,7 @@ def plan_text(
     for cost in costs:
         if not cost.num_faults:
             continue
-        riding = -(-cost.num_faults // cost.group_size) * cost.group_size
-        networks = riding * cost.columns + cost.num_faults * cost.suffix
+        networks = cost.num_columns * cost.columns + cost.num_faults * cost.suffix
         seconds.append(num_images * networks * seconds_per_image)
         peak = peak_memory([cost], num_batches, memory)
         lines.append(
@@ -162,4 +172,5 @@ def _cost(network: Network, plan: LeafPlan, num_faults: int) -> LeafCost:
         golden_bytes=golden_bytes(network, plan),
         working_bytes=working_bytes(network, plan),
         group_size=max(1, plan.num_columns),
+        num_blocks=1 if plan.own is None else network.blocks[plan.own].num_blocks,
     )

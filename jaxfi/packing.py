@@ -98,7 +98,9 @@ class Packer:
         size, done = self._setup.batch_size, 0
         column, image, channel = pairs
         while done < len(column):
-            bin = self._bins.setdefault(block, self._empty_bin())
+            if block not in self._bins:
+                self._bins[block] = self._empty_bin()
+            bin = self._bins[block]
             count = min(size - bin.filled, len(column) - done)
             here, there = slice(bin.filled, bin.filled + count), slice(done, done + count)
             pick = Pick(*(np.zeros(size, t) for t in (np.int32, np.int32, np.int32, bool)))

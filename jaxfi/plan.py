@@ -122,7 +122,7 @@ def plan_leaves(network: Network) -> list[LeafPlan]:
         dataclasses.replace(
             plan,
             inputs=tuple(inputs[plan.suffix_inputs]),
-            products=tuple(products[plan.suffix_inputs]),
+            products=_in_order(network, products[plan.suffix_inputs]),
         )
         for plan in plans
     ]
@@ -388,8 +388,13 @@ def _cut(
             stack.extend(variables(network.producers[var].invars))
         elif var is network.image:
             found[var] = None
+    return _in_order(network, found)
+
+
+def _in_order(network: Network, values: Iterable[core.Var]) -> tuple[core.Var, ...]:
+    """Sorted by when they are computed."""
     order = {var: n for n, e in enumerate(network.equations) for var in e.outvars}
-    return tuple(sorted(found, key=lambda var: order.get(var, -1)))
+    return tuple(sorted(values, key=lambda var: order.get(var, -1)))
 
 
 def _check_batch_axis(network: Network, var: core.Var, column_axis: int) -> None:

@@ -64,11 +64,18 @@ class Programs:
         """Whether golden values are kept."""
         return bool(self._golden)
 
+    def forget(self) -> None:
+        """Frees the golden values."""
+        self._golden = {}
+
     def take_over(self, setup: Setup, before: Programs | None) -> None:
         """Goes on from what `before` holds, where both fit in memory, and frees that."""
         if before is None or before is self:
             return
-        held, before._golden = before._golden, {}
+        held = before._golden
+        before.forget()
+        if self.plan.method not in ("columns", "slice"):
+            return
         plans = (self.plan, before.plan)
         size = len(setup.batches) * sum(golden_bytes(self.network, plan) for plan in plans)
         size += working_bytes(self.network, self.plan)

@@ -179,11 +179,13 @@ def reached_from(network: Network, source: core.Var) -> set[core.Var]:
 def is_boundary(network: Network, var: core.Var) -> bool:
     """Whether `var` may be stored between two programs without moving a bit of either.
 
-    An input and the result of a convolution or matmul always may. Any other value may, unless it
-    is a product that a sum consumes (they may be contracted), or a reduction consumes it.
+    An input and the result of a convolution or matmul (not one in blocks) always may. Any other
+    value may, unless it is a product that a sum consumes (they may be contracted), or a reduction
+    consumes it.
     """
     producer = network.producers.get(var)
-    if producer is None or producer.primitive.name in _STORED:
+    stored = producer is None or producer.primitive.name in _STORED
+    if stored and var not in network.blocks:
         return True
     readers = _through_moves(var, network, forward=True)
     if readers & _REDUCTIONS:

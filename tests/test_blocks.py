@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxfi import run_campaign
+from jaxfi import FaultList, run_campaign
 from jaxfi.blocks import Blocks, blocked_dot, climb, partials, siblings, split
 from jaxfi.golden import network_function
 from jaxfi.plan import plan_leaves
@@ -128,4 +128,19 @@ def test_fast_equals_reference_in_double_precision() -> None:
             for e in ("fast", "reference")
         )
     assert fast.golden.dtype == np.float64
+    np.testing.assert_array_equal(fast.outcomes, reference.outcomes)
+
+
+def test_golden_nan_in_a_wide_layer_is_exact() -> None:
+    # A sum of two NaNs keeps the bits of either, as the compiler likes.
+    weights = np.random.default_rng(0).normal(size=(1024, 4)).astype(np.float32)
+    weights.view(np.uint32)[5, 1] = 0x7FC00AAA
+    weights.view(np.uint32)[1000, 1] = 0x3FD00001
+    params = {"w": jnp.asarray(weights)}
+    faults = FaultList.from_sites([("w", (1000, 1), 30), ("w", (3, 2), 30)], params)
+    x = np.random.default_rng(1).normal(size=(7, 1024)).astype(np.float32)
+    fast, reference = (
+        run_campaign(lambda p, x: x @ p["w"], params, faults, x, np.zeros(7, int), engine=e)
+        for e in ("fast", "reference")
+    )
     np.testing.assert_array_equal(fast.outcomes, reference.outcomes)

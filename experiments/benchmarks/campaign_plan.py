@@ -85,7 +85,7 @@ def plan_campaign(
         network=network,
         costs=costs,
         golden=pairs * sum((1 - cost.suffix) for cost in costs if cost.num_faults),
-        columns=pairs * sum(_riding(cost) * cost.columns for cost in costs),
+        columns=pairs * sum(cost.num_columns * cost.columns for cost in costs),
         suffix=pairs * sum(cost.num_faults * cost.suffix for cost in costs),
         largest=max(cost.golden_bytes for cost in costs),
     )
@@ -99,8 +99,3 @@ def computing_seconds(operations: float, num_devices: int = 1) -> float:
 def compiling_seconds(num_leaves: float) -> float:
     """Of the programs of so many leaves, by the flag."""
     return _COMPILATION.value * num_leaves
-
-
-def _riding(cost: LeafCost) -> int:
-    """Columns that are computed for a leaf's faults: groups are filled up."""
-    return -(-cost.num_faults // cost.group_size) * cost.group_size
