@@ -122,7 +122,8 @@ def test_stopping_in_the_progress_callback_loses_no_finished_block(tmp_path, mon
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 from experiments.stopping import stop_soon
 stop_soon("stopped")
 from jaxfi import campaign, run_campaign

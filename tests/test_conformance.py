@@ -58,7 +58,14 @@ def assert_fast_is_reference(apply_fn, params, shape, faults=None) -> None:
     assert len(np.unique(reference.outcomes)) > 1  # otherwise the comparison shows little
 
 
-@pytest.mark.parametrize("model", conformance_models.TINY, ids=lambda model: model.__name__)
+_SLOW = {"vision_transformer", "residual_projected"}
+_TINY = [
+    pytest.param(model, id=model.__name__, marks=[pytest.mark.slow] * (model.__name__ in _SLOW))
+    for model in conformance_models.TINY
+]
+
+
+@pytest.mark.parametrize("model", _TINY)
 def test_fast_equals_reference(model) -> None:
     with jax.numpy_rank_promotion("allow"):  # other libraries' layers promote
         assert_fast_is_reference(*model())

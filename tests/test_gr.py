@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments import gr
+from experiments import conditions, gr
 from experiments.config import (
     Config,
     check_same_config,
@@ -20,6 +20,7 @@ from experiments.config import (
     config_from_flags,
     define_flags,
 )
+from jaxfi import load_campaign
 
 ROOT = Path(__file__).parents[1]
 SMALL = Config(
@@ -243,3 +244,21 @@ def test_every_row_pair_of_the_paper_has_a_flagfile_with_its_numbers(reference_d
         ]
         text = path.read_text()
         assert any(line.split()[2:] == numbers for line in text.splitlines() if "gradient" in line)
+
+
+@pytest.mark.slow
+def test_conditions_move_masked_as_they_must(finished, tmp_path):
+    # Rounding operands hides faults in low bits, and so does softmax where it saturates.
+    effects = {effect.condition: effect for effect in conditions.run(finished, 60, 20)}
+    plain = effects["logits, float32, NaN by argmax"]
+    campaign = load_campaign(finished / "campaigns" / "default")
+    assert plain.masked[0].value == pytest.approx((campaign.outcomes == 0).mean())
+    for network in (0, 1):
+        by_arithmetic = [
+            effects[name].masked[network].value
+            for name in ("logits, float32, NaN by argmax", "TF32 operands", "bfloat16 operands")
+        ]
+        assert by_arithmetic == sorted(by_arithmetic)
+    conditions.write(list(effects.values()), tmp_path / "conditions.csv")
+    with (tmp_path / "conditions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(conditions.CONDITIONS)

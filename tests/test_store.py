@@ -604,7 +604,8 @@ def test_real_file_size_limit(tmp_path: Path) -> None:
     assert_whole(load(tmp_path))
 
 
-def test_directory_removed(tmp_path: Path) -> None:
+def test_directory_removed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(store_module, "_LOOKS", 2)  # not for a minute
     with opened(tmp_path / "run") as store:
         write_rows(store, np.arange(30))
         shutil.rmtree(tmp_path / "run")

@@ -54,7 +54,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+_SLOW = {"weight decay", "seeds"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in _SLOW)) for n in CASES]
+)
 def test_a_member_equals_the_same_run_alone(name, dataset):
     members = train_sweep(SmallNetwork(), dataset, CASES[name])
     for config, member in zip(CASES[name], members, strict=True):
@@ -68,6 +73,7 @@ def test_a_member_equals_the_same_run_alone(name, dataset):
             np.testing.assert_allclose(numbers, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lenet_members_equal_runs_alone():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, 32, 32, 1)).astype(np.uint8)

@@ -373,8 +373,10 @@ def test_test_metrics_equal_a_direct_evaluation(dataset):
 
 
 @pytest.mark.parametrize(  # the saves are after steps 10 and 11 of each of three epochs
-    "kill_at, schedule", [(1, "step"), (2, "step"), (3, "plateau"), (5, "cosine")]
-)
+    "kill_at, schedule",
+    [(2, "step")] + [pytest.param(*case, marks=pytest.mark.slow)
+                     for case in ((1, "step"), (3, "plateau"), (5, "cosine"))],
+)  # fmt: skip
 def test_killed_and_resumed_equals_never_stopped(kill_at, schedule, dataset, tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, checkpoint_every=0.0, schedule=schedule, decay_every=1)
     whole = train(SmallNetwork(), dataset, config)
