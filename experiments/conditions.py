@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.config import Config
 from experiments.gr import LOSSES, load_images
@@ -150,6 +150,7 @@ def write(effects: Sequence[Effect], path: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+    logging.set_verbosity(logging.WARNING)
     try:
         write(run(Path(_RUN.value), _FAULTS.value, _IMAGES.value), Path(_OUT.value))
     except (ValueError, TypeError, OSError) as error:
