@@ -34,11 +34,6 @@ from jaxfi.slicing import ApplyFn
 
 Change = Callable[[ApplyFn], ApplyFn]
 
-_RUN = flags.DEFINE_string("run", None, "Folder of a finished experiments.gr.", required=True)
-_OUT = flags.DEFINE_string("out", None, "CSV file to write.", required=True)
-_FAULTS = flags.DEFINE_integer("num_faults", 1000, "Faults, dealt to the layers.", 1)
-_IMAGES = flags.DEFINE_integer("num_images", 1000, "Test images, the first ones.", 1)
-
 
 class Condition(NamedTuple):
     """A change of the network's function, and how a NaN counts."""
@@ -147,15 +142,25 @@ def write(effects: Sequence[Effect], path: Path) -> None:
     write_csv(path, columns, rows)
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """What to run, and where to write."""
+    flags.DEFINE_string("run", None, "Folder of a finished experiments.gr.", values, required=True)
+    flags.DEFINE_string("out", None, "CSV file to write.", values, required=True)
+    flags.DEFINE_integer("num_faults", 1000, "Faults, dealt to the layers.", 1, flag_values=values)
+    flags.DEFINE_integer("num_images", 1000, "Test images, the first ones.", 1, flag_values=values)
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
     logging.set_verbosity(logging.WARNING)
+    given = flags.FLAGS
     try:
-        write(run(Path(_RUN.value), _FAULTS.value, _IMAGES.value), Path(_OUT.value))
+        write(run(Path(given.run), given.num_faults, given.num_images), Path(given.out))
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     app.run(main)
