@@ -18,6 +18,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from experiments.command import run_command, workdir_from
 from experiments.config import check_same_config, claim_workdir, parse_flags
 from experiments.published_network import (
     NetworkSettings,
@@ -25,7 +26,6 @@ from experiments.published_network import (
     define_network_flags,
     given_settings,
     load_subject,
-    run_command,
 )
 from jaxfi.campaign import Campaign, run_campaign
 from jaxfi.files import write_whole
@@ -132,7 +132,8 @@ def print_summary(campaigns: Mapping[str, Campaign], note: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    run_command(argv, lambda values, workdir: run(settings_from_flags(values), workdir))
+    values = flags.FLAGS
+    run_command(argv, lambda: run(settings_from_flags(values), workdir_from(values)))
 
 
 if __name__ == "__main__":

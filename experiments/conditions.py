@@ -10,16 +10,17 @@ what each does to the masked and the critical share, and to the difference betwe
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
-from experiments.config import Config
+from experiments.command import run_command
+from experiments.config import Config, parse_flags
 from experiments.gr import LOSSES, load_images
 from jaxfi.arithmetic import with_arithmetic
 from jaxfi.campaign import Campaign, run_campaign
@@ -27,7 +28,7 @@ from jaxfi.checkpoint import load_variables
 from jaxfi.data import Dataset, normalise
 from jaxfi.faults import PyTree
 from jaxfi.files import write_csv
-from jaxfi.models import MODELS
+from jaxfi.models import MODELS, evaluation_function
 from jaxfi.outcomes import Estimate, paired_difference
 from jaxfi.sampling import sample_faults
 from jaxfi.slicing import ApplyFn
@@ -74,6 +75,7 @@ CONDITIONS = {
 def run(folder: Path, num_faults: int, num_images: int) -> list[Effect]:
     """Every condition on both networks. Raises ValueError or OSError, in one line, before any."""
     config = Config(**json.loads((folder / "config.json").read_text()))
+    config = dataclasses.replace(config, num_images=num_images)
     dataset = load_images(config)
     networks = [load_variables(folder / "networks" / loss) for loss in LOSSES]
     effects = []
@@ -106,15 +108,10 @@ def inject(
 ) -> Campaign:
     """The run's own sample of faults, cut to `num_faults`' sample, under one condition."""
     module = MODELS[config.model](num_classes=dataset.num_classes)
-    statistics = {name: tree for name, tree in variables.items() if name != "params"}
-
-    def apply_fn(params: PyTree, images: jax.Array) -> jax.Array:
-        return module.apply({"params": params, **statistics}, images, train=False)
-
     images = normalise(dataset.test_images[:num_images], dataset.mean, dataset.std)
     faults = sample_faults(config.seed, variables["params"], num_faults)
     return run_campaign(
-        condition.change(apply_fn),
+        condition.change(evaluation_function(module, variables)),
         variables["params"],
         faults,
         images,
@@ -150,17 +147,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_images", 1000, "Test images, the first ones.", 1, flag_values=values)
 
 
+def run_from_flags(values: Any) -> None:
+    """`run` as the flags say, and its table."""
+    folder, out = Path(values["run"].value), Path(values["out"].value)
+    write(run(folder, values["num_faults"].value, values["num_images"].value), out)
+
+
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
-    logging.set_verbosity(logging.WARNING)
-    given = flags.FLAGS
-    try:
-        write(run(Path(given.run), given.num_faults, given.num_images), Path(given.out))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    run_command(argv, lambda: run_from_flags(flags.FLAGS), "stopped")
 
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -10,16 +10,17 @@ fault on every test image is masked, non-critical or critical.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from experiments.command import run_command, workdir_from
 from experiments.config import (
     Config,
     check_same_config,
@@ -29,12 +30,11 @@ from experiments.config import (
     parse_flags,
 )
 from experiments.job import define_job_flags, join_from_flags, require_trained
-from experiments.stopping import stop_now, stop_soon
-from jaxfi.campaign import Campaign, NotReproducible, run_campaign
+from jaxfi.campaign import Campaign, run_campaign
 from jaxfi.data import Dataset, load_dataset, normalise
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
-from jaxfi.models import MODELS
+from jaxfi.models import MODELS, evaluation_function
 from jaxfi.outcomes import paired_difference
 from jaxfi.report import coverage, figures, tables
 from jaxfi.report.shares import layer_name
@@ -155,15 +155,10 @@ def inject_faults(
     folder: Path,
 ) -> Campaign:
     """Every fault on the first `num_images` test images, continued if `folder` has a part of it."""
-    statistics = {name: tree for name, tree in variables.items() if name != "params"}
-
-    def apply_fn(params: PyTree, images: jax.Array) -> jax.Array:
-        return module.apply({"params": params, **statistics}, images, train=False)
-
     num_images = config.num_images or len(dataset.test_labels)
     images = normalise(dataset.test_images[:num_images], dataset.mean, dataset.std)
     return run_campaign(
-        apply_fn,
+        evaluation_function(module, variables),
         variables["params"],
         faults,
         images,
@@ -232,26 +227,15 @@ def write_coverage(campaigns: Mapping[str, Campaign], workdir: Path) -> None:
     figures.save_figure(coverage.coverage_figure(measured), workdir / "coverage")
 
 
+def run_from_flags(values: Any) -> None:
+    """`run` with the configuration and the place in a job that the flags tell of."""
+    workdir = workdir_from(values)
+    join_from_flags(values)
+    run(config_from_flags(values), workdir, train_only=values["train_only"].value)
+
+
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
-    if not flags.FLAGS.workdir:
-        sys.exit("error: --workdir is missing: give the folder for the results")
-    logging.set_verbosity(logging.WARNING)  # matplotlib tells of every glyph
-    stop_soon()
-    try:
-        join_from_flags(flags.FLAGS)
-        config = config_from_flags(flags.FLAGS)
-        run(config, Path(flags.FLAGS.workdir), train_only=flags.FLAGS.train_only)
-    except (ValueError, TypeError, OSError, FloatingPointError, NotReproducible) as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        stop_now()
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())
+    run_command(argv, lambda: run_from_flags(flags.FLAGS))
 
 
 if __name__ == "__main__":

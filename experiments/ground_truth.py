@@ -30,6 +30,7 @@ from experiments.agreement import (
     write_agreement,
     write_faults,
 )
+from experiments.command import run_command, workdir_from
 from experiments.config import check_same_config, claim_workdir, parse_flags
 from experiments.published_network import (
     NetworkSettings,
@@ -37,7 +38,6 @@ from experiments.published_network import (
     define_network_flags,
     given_settings,
     load_subject,
-    run_command,
 )
 from jaxfi.campaign import PRECISIONS, Campaign, run_campaign
 from jaxfi.convert import ResultTable, read_results
@@ -135,7 +135,8 @@ def write_results(
 
 
 def main(argv: Sequence[str]) -> None:
-    run_command(argv, lambda values, workdir: run(settings_from_flags(values), workdir))
+    values = flags.FLAGS
+    run_command(argv, lambda: run(settings_from_flags(values), workdir_from(values)))
 
 
 if __name__ == "__main__":

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from jaxfi.arithmetic import with_arithmetic
-from jaxfi.campaign import ENGINES, NotReproducible
+from jaxfi.campaign import ENGINES
 from jaxfi.convert import from_torch, load_state
 from jaxfi.data import load_dataset, normalise
 from jaxfi.faults import PyTree
-from jaxfi.models import MODELS
+from jaxfi.models import MODELS, evaluation_function
 from jaxfi.outcomes import NAN_POLICIES
 
 
@@ -106,15 +104,10 @@ def load_subject(settings: Any) -> Subject:
     module = MODELS[settings.network](num_classes=dataset.num_classes)
     image = jnp.zeros((1, *dataset.test_images.shape[1:]), jnp.float32)
     variables = from_torch(state, jax.eval_shape(module.init, jax.random.key(0), image))
-    statistics = {name: tree for name, tree in variables.items() if name != "params"}
-
-    def apply_fn(params: PyTree, images: jax.Array) -> jax.Array:
-        outputs: Any = module.apply({"params": params, **statistics}, images, train=False)
-        return outputs
-
     count = settings.num_images or len(dataset.test_labels)
     pixels = compress(dataset.test_images[:count], settings.jpeg_quality)
     images = normalise(pixels, settings.mean, settings.std)
+    apply_fn = evaluation_function(module, variables)
     return Subject(apply_fn, variables["params"], images, dataset.test_labels[:count], dataset.note)
 
 
@@ -147,16 +140,3 @@ def check_arithmetic(subject: Subject, arithmetic: Mapping[str, str]) -> Callabl
     apply_fn = with_arithmetic(subject.apply_fn, arithmetic)
     jax.eval_shape(apply_fn, subject.params, subject.images[:1])
     return apply_fn
-
-
-def run_command(argv: Sequence[str], run: Callable[[flags.FlagValues, Path], Any]) -> None:
-    """What `main` of an experiment does: errors end the program in one line."""
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if not flags.FLAGS.workdir:
-            raise ValueError("--workdir is missing: give the folder for the results")
-        run(flags.FLAGS, Path(flags.FLAGS.workdir))
-    except (ValueError, TypeError, OSError, NotReproducible) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")

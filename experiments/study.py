@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from flax import linen as nn
 
+from experiments.command import run_command, workdir_from
 from experiments.config import config_from_flags, define_flags, parse_flags
-from experiments.stopping import stop_now, stop_soon
 from jaxfi.data import Dataset, normalise
 from jaxfi.faults import PyTree
 from jaxfi.slicing import ApplyFn
@@ -52,20 +51,10 @@ def integers(settings: Any, name: str) -> list[int]:
 def run_from_flags(run: Callable[[Any, Path], Any], settings: type) -> None:
     """A command line for `run(settings, workdir)`; exits with one line that says what is wrong."""
 
-    def main(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
-        if not flags.FLAGS.workdir:
-            sys.exit("error: --workdir is missing: give the folder for the results")
-        logging.set_verbosity(logging.WARNING)  # matplotlib tells of every glyph
-        stop_soon()
-        try:
-            run(config_from_flags(flags.FLAGS, settings), Path(flags.FLAGS.workdir))
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
-        except KeyboardInterrupt:
-            stop_now()
+    def from_flags() -> None:
+        workdir = workdir_from(flags.FLAGS)
+        run(config_from_flags(flags.FLAGS, settings), workdir)
 
     assert dataclasses.is_dataclass(settings)
     define_flags(flags.FLAGS, settings)
-    app.run(main, flags_parser=parse_flags)
+    app.run(lambda argv: run_command(argv, from_flags), flags_parser=parse_flags)

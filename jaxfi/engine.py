@@ -34,7 +34,7 @@ Engine = Callable[[FaultList, Advance], Results]
 
 
 def reference_engine(setup: Setup) -> Engine:
-    """Plain re-execution: for each fault, inject and run the user's network on every batch."""
+    """Plain re-execution: for each fault, inject and run the network on every batch."""
     network, injected = compiled(setup.apply_fn), compiled(inject)
 
     def run(faults: FaultList, advance: Advance) -> Results:
@@ -83,11 +83,12 @@ def fast_engine(setup: Setup) -> Engine:
         for leaf in np.unique(faults.leaf):
             rows = np.flatnonzero(faults.leaf == leaf)
             before = next((p for p in programs.values() if p.holds_golden), None)
-            if leaf not in programs:
-                new = Programs(setup.network, plans[leaf], shared)
-                new.take_over(setup, before)
-                programs[leaf] = _whole_if_inexact(new, setup, faults[rows])
+            is_new = leaf not in programs
+            if is_new:
+                programs[leaf] = Programs(setup.network, plans[leaf], shared)
             programs[leaf].take_over(setup, before)
+            if is_new:
+                programs[leaf] = _whole_if_inexact(programs[leaf], setup, faults[rows])
             runner = _RUNNERS[programs[leaf].plan.method]
             runner(setup, programs[leaf], faults[rows], rows, tally, advance)
         return tally.results()

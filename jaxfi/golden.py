@@ -31,7 +31,7 @@ class Setup:
       labels: [N] int32.
       golden: [N, classes] fault-free outputs.
       nan: see `jaxfi.outcomes.judge`.
-      memory: bytes that golden activations of several batches may take together.
+      memory: bytes that golden values and working space may take together.
     """
 
     network: Network
@@ -56,10 +56,10 @@ class Setup:
         return min(self.batch_size, self.num_images - number * self.batch_size)
 
 
-def compiled(function: Callable, **options) -> Callable:
+def compiled(function: Callable) -> Callable:
     """`jax.jit` with the arithmetic of a campaign, for the default device: engines compile so."""
     arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if _platform() == "cpu" else {})}
-    return jax.jit(function, compiler_options=arithmetic, **options)
+    return jax.jit(function, compiler_options=arithmetic)
 
 
 def _platform() -> str:

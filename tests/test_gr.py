@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 
 from experiments import conditions, gr
+from experiments.command import one_line
 from experiments.config import (
     Config,
     check_same_config,
@@ -148,7 +149,7 @@ def test_bad_input_is_one_line_before_training(name, tmp_path, monkeypatch):
     changed = dataclasses.replace(SMALL, **{**sampled, name: value})
     with pytest.raises((ValueError, OSError)) as caught:
         gr.run(changed, tmp_path / "run")
-    message = gr.one_line(caught.value)
+    message = one_line(caught.value)
     assert allowed in message
     assert "\n" not in message
     assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ def test_the_files_it_names_exist():
 
 def test_its_test_command_is_what_ci_runs():
     assert '-c requirements.lock -e ".[test]"' in README
-    assert ".venv/bin/python -m pytest\n" in README
+    assert ".venv/bin/python -m pytest -n 2\n" in README
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert '-c requirements.lock -e ".[test]"' in ci
-    assert ci.rstrip().endswith('"$venv/bin/python" -m pytest')
+    assert ci.rstrip().endswith('"$venv/bin/python" -m pytest -n 2')

@@ -9,7 +9,6 @@ Three campaigns on the same network, images and margin: the fixed sample, `sampl
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +17,13 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from experiments.command import run_command
 from experiments.config import parse_flags
 from jaxfi.adaptive import run_sequential, run_stratified
 from jaxfi.campaign import run_campaign
 from jaxfi.checkpoint import load_variables
 from jaxfi.data import DATASETS, load_dataset, normalise
-from jaxfi.models import MODELS
+from jaxfi.models import MODELS, evaluation_function
 from jaxfi.outcomes import Rates
 from jaxfi.sampling import fault_population, sample_faults, sample_size
 
@@ -44,14 +44,9 @@ def subject() -> dict[str, Any]:
     variables = jax.jit(module.init)(jax.random.key(0), image)
     if _CHECKPOINT.value:
         variables = load_variables(_CHECKPOINT.value)
-    statistics = {name: tree for name, tree in variables.items() if name != "params"}
-
-    def apply_fn(params: Any, images: jax.Array) -> jax.Array:
-        return module.apply({"params": params, **statistics}, images, train=False)
-
     images = dataset.test_images[: _NUM_IMAGES.value]
     return {
-        "apply_fn": apply_fn,
+        "apply_fn": evaluation_function(module, variables),
         "params": variables["params"],
         "images": normalise(images, dataset.mean, dataset.std),
         "labels": dataset.test_labels[: _NUM_IMAGES.value],
@@ -67,9 +62,8 @@ def print_row(name: str, num_faults: int, fixed: int, rates: Rates, seconds: flo
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+def compare() -> None:
+    """The fixed campaign, then both adaptive ones; a line each."""
     shared = subject()
     fixed = sample_size(fault_population(shared["params"]), _MARGIN.value)
     print(f"| campaign | faults | saved | {' | '.join(Rates._fields)} | seconds |")
@@ -82,6 +76,10 @@ def main(argv: Sequence[str]) -> None:
         found = run(**shared, margin=_MARGIN.value, key=_KEY.value)
         name = f"{run.__name__.removeprefix('run_')}, stages {found.stages}"
         print_row(name, found.stages[-1], fixed, found.rates, time.perf_counter() - began)
+
+
+def main(argv: Sequence[str]) -> None:
+    run_command(argv, compare, "stopped")
 
 
 if __name__ == "__main__":

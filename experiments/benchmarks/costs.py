@@ -23,7 +23,6 @@ measured, 57 s are predicted and 154 s were measured.
 from __future__ import annotations
 
 import re
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments.benchmarks.campaign_plan import (
     CampaignPlan,
@@ -39,6 +38,7 @@ from experiments.benchmarks.campaign_plan import (
     computing_seconds,
     plan_campaign,
 )
+from experiments.command import run_command
 from experiments.config import Config, config_from_flags, define_flags, parse_flags
 from experiments.gr import LOSSES, list_faults
 from jaxfi.models import MODELS
@@ -146,10 +146,8 @@ def duration(seconds: float) -> str:
     return f"{number:.1f} {name}" if number < 10 else f"{number:.0f} {name}"
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
-    logging.set_verbosity(logging.WARNING)  # JAX tells which devices it did not find
+def print_costs() -> None:
+    """A line for each table's flagfile."""
     gflops = _GFLOPS.value
     print(
         f"{'':36} {'training':>10} {'campaigns':>10} {'training':>10} {'campaigns':>10} {'H200':>9}"
@@ -163,6 +161,10 @@ def main(argv: Sequence[str]) -> None:
         if _WRITE.value:
             text = with_comment(path.read_text(encoding="utf-8"), comment(cost, gflops))
             path.write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str]) -> None:
+    run_command(argv, print_costs, "stopped")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments.benchmarks.sides import (
     RANDOM,
@@ -42,8 +41,9 @@ from experiments.benchmarks.sides import (
     run_pytorch,
     run_reference,
 )
+from experiments.command import run_command
 from experiments.config import parse_flags
-from jaxfi.campaign import PRECISIONS, NotReproducible
+from jaxfi.campaign import PRECISIONS
 from jaxfi.data import DATASETS
 from jaxfi.fault_list import FaultList
 from jaxfi.files import write_whole
@@ -295,14 +295,8 @@ def run_from_flags(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
-    logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_enable_compilation_cache", False)  # a campaign compiles, each time
-    try:
-        run_from_flags(flags.FLAGS)
-    except (ValueError, TypeError, OSError, NotReproducible) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    run_command(argv, lambda: run_from_flags(flags.FLAGS), "stopped")
 
 
 if __name__ == "__main__":

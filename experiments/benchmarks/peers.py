@@ -13,7 +13,6 @@ import contextlib
 import csv
 import functools
 import io
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,16 +21,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch
-from absl import app, flags, logging
+from absl import app, flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from experiments.agreement import sample_rows
 from experiments.benchmarks.peer_tools import INPUT_SHAPE, Logits, TorchFault, installed_tools
+from experiments.command import run_command, workdir_from
 from experiments.config import parse_flags
 from experiments.published_network import Subject, load_subject
-from jaxfi.campaign import NotReproducible, run_campaign
+from jaxfi.campaign import run_campaign
 from jaxfi.convert import FLATTENED, load_state, read_fault_list
 from jaxfi.convert.layout import to_torch_layout, torch_name
 from jaxfi.fault_list import FaultList
@@ -282,17 +282,17 @@ def define_flags(values: flags.FlagValues) -> None:
     number("seed", 0, "Seed of the sample.")
 
 
+def run_from_flags(values: Any) -> None:
+    """`run` as the flags say. Raises ValueError for a file that is not named."""
+    for name in ("weights", "fault_list"):
+        if not values[name].value:
+            raise ValueError(f"--{name} is missing")
+    values.mean, values.std = ([float(x) for x in values[n].value] for n in ("mean", "std"))
+    run(values, workdir_from(values))
+
+
 def main(argv: Sequence[str]) -> None:
-    values: Any = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)  # MRFI tells of every layer it finds
-    try:
-        for name in ("workdir", "weights", "fault_list"):
-            if not values[name].value:
-                raise ValueError(f"--{name} is missing")
-        values.mean, values.std = ([float(x) for x in values[n].value] for n in ("mean", "std"))
-        run(values, Path(values.workdir))
-    except (ValueError, TypeError, OSError, NotReproducible) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    run_command(argv, lambda: run_from_flags(flags.FLAGS), "stopped")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Everything else here is an assumption, and a flag.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,6 +22,7 @@ from experiments.benchmarks.campaign_plan import (
     computing_seconds,
     plan_campaign,
 )
+from experiments.command import run_command
 from experiments.config import parse_flags
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
@@ -138,11 +138,14 @@ def print_plan(name: str, plan: CampaignPlan) -> None:
             print(f"  slice: {cost.path}: {cost.reason}")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: all settings are --name=value")
+def print_plans() -> None:
+    """Every network's plan."""
     for name, make in NETWORKS.items():
         print_plan(name, plan_network(make()))
+
+
+def main(argv: Sequence[str]) -> None:
+    run_command(argv, print_plans, "stopped")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from jaxfi.convert.layout import to_torch_layout, torch_name
 from jaxfi.data import load_dataset, normalise
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree, inject
-from jaxfi.models import MODELS
+from jaxfi.models import MODELS, evaluation_function
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL
 from tests.torch_models import TORCH_MODELS
 
@@ -58,17 +58,12 @@ def load_subject(settings: Any) -> Subject:
     images, labels, note = load_images(settings)
     module = MODELS[settings.network](num_classes=NUM_CLASSES)
     variables = load_weights(settings, module, images)
-    statistics = {name: tree for name, tree in variables.items() if name != "params"}
-
-    def apply_fn(params: PyTree, batch: jax.Array) -> jax.Array:
-        outputs: Any = module.apply({"params": params, **statistics}, batch, train=False)
-        return outputs
-
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     model = TORCH_MODELS[settings.network](NUM_CLASSES, in_channels=images.shape[-1])
     state = {name: torch.from_numpy(array) for name, array in to_torch(variables).items()}
     model.load_state_dict(state, strict=False)  # num_batches_tracked is PyTorch's own
+    apply_fn = evaluation_function(module, variables)
     return Subject(apply_fn, variables, model.eval().to(device), images, labels, note, device)
 
 

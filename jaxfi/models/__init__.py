@@ -8,9 +8,12 @@ in the variables is the PyTorch name with `/` for `.`: `layer3/0/conv1/kernel` i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 from flax import linen as nn
 
+from jaxfi.faults import PyTree
 from jaxfi.models.lenet import LeNet
 from jaxfi.models.resnet import ResNet, ResNet9, resnet18, resnet20, resnet32, resnet44
 from jaxfi.models.vgg import VGG, vgg11, vgg16
@@ -26,12 +29,30 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": vgg16,
 }
 
+
+def evaluation_function(
+    module: nn.Module, variables: PyTree
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """`apply_fn(params, images) -> logits` in evaluation mode, as `jaxfi.run_campaign` takes it.
+
+    What `variables` holds beside "params", such as running statistics, is held fixed.
+    """
+    statistics = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def apply_fn(params: PyTree, images: jax.Array) -> jax.Array:
+        outputs: Any = module.apply({"params": params, **statistics}, images, train=False)
+        return outputs
+
+    return apply_fn
+
+
 __all__ = [
     "MODELS",
     "VGG",
     "LeNet",
     "ResNet",
     "ResNet9",
+    "evaluation_function",
     "resnet18",
     "resnet20",
     "resnet32",
