@@ -131,9 +131,14 @@ def print_summary(campaigns: Mapping[str, Campaign], note: str) -> None:
     print(f"{len(first.faults):,} faults x {len(first.labels):,} images; {note}")
 
 
+def run_from_flags(values: flags.FlagValues) -> None:
+    """`run` as the flags say."""
+    workdir = workdir_from(values)
+    run(settings_from_flags(values), workdir)
+
+
 def main(argv: Sequence[str]) -> None:
-    values = flags.FLAGS
-    run_command(argv, lambda: run(settings_from_flags(values), workdir_from(values)))
+    run_command(argv, lambda: run_from_flags(flags.FLAGS))
 
 
 if __name__ == "__main__":

@@ -134,9 +134,14 @@ def write_results(
     return agreements
 
 
+def run_from_flags(values: flags.FlagValues) -> None:
+    """`run` as the flags say."""
+    workdir = workdir_from(values)
+    run(settings_from_flags(values), workdir)
+
+
 def main(argv: Sequence[str]) -> None:
-    values = flags.FLAGS
-    run_command(argv, lambda: run(settings_from_flags(values), workdir_from(values)))
+    run_command(argv, lambda: run_from_flags(flags.FLAGS))
 
 
 if __name__ == "__main__":
