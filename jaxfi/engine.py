@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfi.compilation import compiled
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import FAULT_MODELS, Fault, PyTree, inject
-from jaxfi.golden import Setup, compiled
+from jaxfi.golden import Setup
 from jaxfi.outcomes import Results
 from jaxfi.packing import Group, Packer
 from jaxfi.plan import plan_leaves

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jaxfi.compilation import compiled
 from jaxfi.faults import PyTree
 from jaxfi.slicing import ApplyFn, Network, evaluate
-
-# A 16-bit network must round after every operation, wherever the compiler could keep 32 bits.
-_OPTIONS = {"xla_allow_excess_precision": False}
-# XLA's CPU library fuses whole stages of a network, and one convolution rounds differently in each:
-# allow it single matmuls. (Single convolutions are exact too, but slower with few channels.)
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +48,6 @@ class Setup:
     def images_in(self, number: int) -> int:
         """Images of a batch that are not padding."""
         return min(self.batch_size, self.num_images - number * self.batch_size)
-
-
-def compiled(function: Callable) -> Callable:
-    """`jax.jit` with the arithmetic of a campaign, for the default device: engines compile so."""
-    arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if _platform() == "cpu" else {})}
-    return jax.jit(function, compiler_options=arithmetic)
-
-
-def _platform() -> str:
-    device = getattr(jax.config, "jax_default_device", None)
-    return getattr(device, "platform", device) or jax.default_backend()
 
 
 def network_function(network: Network, apply_fn: ApplyFn) -> ApplyFn:

@@ -44,10 +44,10 @@ from experiments.benchmarks.sides import (
 from experiments.command import run_command
 from experiments.config import parse_flags
 from jaxfi.campaign import PRECISIONS
+from jaxfi.compilation import compiled
 from jaxfi.data import DATASETS
 from jaxfi.fault_list import FaultList
 from jaxfi.files import write_whole
-from jaxfi.golden import compiled
 from jaxfi.outcomes import CRITICAL
 from jaxfi.sampling import fault_population, sample_faults, sample_size
 from tests.torch_models import TORCH_MODELS

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 
 from jaxfi.augment import random_affine
+from jaxfi.compilation import compiled
 from jaxfi.data import normalise
 from jaxfi.training.config import TrainConfig
 from jaxfi.training.convolution import with_matmul_convolutions
@@ -112,10 +113,21 @@ def make_run_steps(
     config: TrainConfig,
     plan: Plan,
 ) -> RunSteps:
-    """The compiled `run_steps(state, batches, learning_rate, start, stop) -> state`.
+    """`several_steps`, compiled: nothing but another shape compiles again; `state` is consumed."""
+    return compiled(several_steps(model, mean, std, config, plan), donate_argnums=0)
 
-    It takes the steps from `start` to `stop` of an epoch. Nothing but another shape compiles again;
-    `state` is consumed. With `steps_per_call=1` it takes step `start` alone, whatever `stop` is.
+
+def several_steps(
+    model: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    config: TrainConfig,
+    plan: Plan,
+) -> RunSteps:
+    """`run_steps(state, batches, learning_rate, start, stop) -> state`.
+
+    It takes the steps from `start` to `stop` of an epoch. With `steps_per_call=1` it takes step
+    `start` alone, whatever `stop` is.
     """
     loss_fn = make_loss(model, plan.convolution)
     differentiate = penalized_value_and_grad(loss_fn, config.alpha, plan.derivative)
@@ -143,7 +155,7 @@ def make_run_steps(
             start, stop, lambda number, state: step(state, batches, rate, number), state
         )
 
-    return jax.jit(run_steps, donate_argnums=0)
+    return run_steps
 
 
 def _pick(batches: Batches, number: Any, batch_size: int) -> tuple[jax.Array, jax.Array]:
@@ -170,7 +182,7 @@ def make_evaluate(
     One batch size throughout: the last batch is filled up with images that do not count.
     """
 
-    @jax.jit
+    @compiled
     def totals(params: Any, statistics: Any, images: Any, labels: Any) -> Any:
         pixels = normalise(images.astype(jnp.float32), mean, std)
         logits = model.apply({"params": params, **statistics}, pixels, train=False)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxfi.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from jaxfi.compilation import compiled
 from jaxfi.data import Dataset
 from jaxfi.training.config import TrainConfig
 from jaxfi.training.history import EpochRecord
@@ -30,6 +31,7 @@ from jaxfi.training.step import (
     initial_state,
     make_evaluate,
     make_run_steps,
+    several_steps,
     zero_totals,
 )
 
@@ -126,7 +128,7 @@ def make_run_members(
         config = dataclasses.replace(
             configs[0], weight_decay=decay, alpha=alpha if is_penalized else 0.0
         )
-        run_steps = make_run_steps(model, dataset.mean, dataset.std, config, plan)
+        run_steps = several_steps(model, dataset.mean, dataset.std, config, plan)
         return run_steps(state, batches, rate, start, stop)
 
     axes = (0, _batch_axes(configs), 0, 0, None, None)
@@ -136,7 +138,7 @@ def make_run_members(
         rates = jnp.broadcast_to(rates, len(configs))
         return run_members(state, batches, rates, (decays, alphas), start, stop)
 
-    return jax.jit(run_steps, donate_argnums=0)
+    return compiled(run_steps, donate_argnums=0)
 
 
 def _run_alone(run_steps: RunSteps) -> RunSteps:
