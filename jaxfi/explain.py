@@ -9,13 +9,12 @@ import numpy as np
 
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
-from jaxfi.plan import (
-    LeafPlan,
+from jaxfi.plan import LeafPlan, plan_leaves
+from jaxfi.plan_costs import (
     columns_arithmetic,
     golden_bytes,
     network_arithmetic,
     num_held,
-    plan_leaves,
     suffix_arithmetic,
     working_bytes,
 )

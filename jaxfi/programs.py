@@ -14,7 +14,8 @@ from jaxfi.blocks import Blocks, Partials, climb, layer_dot, partials, siblings
 from jaxfi.compilation import compiled
 from jaxfi.faults import corrupt, to_words
 from jaxfi.golden import Setup
-from jaxfi.plan import LeafPlan, golden_bytes, is_storable, num_held, working_bytes
+from jaxfi.plan import LeafPlan, is_storable
+from jaxfi.plan_costs import golden_bytes, num_held, working_bytes
 from jaxfi.slicing import Network, bind, evaluate, read
 
 

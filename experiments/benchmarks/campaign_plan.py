@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxfi.explain import LeafCost, explain
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
-from jaxfi.plan import network_arithmetic
+from jaxfi.plan_costs import network_arithmetic
 from jaxfi.slicing import trace_network
 
 _PEAK = flags.DEFINE_float("peak", 67e12, "Operations a second of a device: H200, float32.")
