@@ -188,10 +188,10 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def versions() -> dict[str, str]:
-    names = ("jaxfi", "jax", "jaxlib", "flax", "numpy", "torch")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
+    """Of Python and the packages that matter; PyTorch's names its build too: +cpu, +cu130."""
+    names = ("jaxfi", "jax", "jaxlib", "flax", "numpy")
+    installed = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **installed, "torch": torch.__version__}
 
 
 def machine() -> dict[str, Any]:
