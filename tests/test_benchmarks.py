@@ -11,7 +11,7 @@ import pytest
 import torch
 from absl import flags
 
-from experiments.benchmarks import engine, sides
+from experiments.benchmarks import engine, sides, time_shares
 from jaxfi.fault_list import FaultList
 from tests.torch_models import TORCH_MODELS
 
@@ -116,3 +116,28 @@ def test_example_of_the_engine_page_runs(capsys):
     exec(example, {})
     # 30 x 30 x 32 x 27 of 16.8 million multiplications, in 32 columns; what is behind conv1
     assert "conv1/kernel columns 0.14% 95.38%" in capsys.readouterr().out
+
+
+def test_time_shares_add_up_to_the_whole():
+    clock = time_shares.Clock()
+    clock.seconds.update({"suffix": 3.0, "prefix": 1.0})
+    clock.operations.update({"suffix": 6 * 10**9, "prefix": 10**9})
+    lines = time_shares.table(8.0, clock, 4e9).splitlines()
+    assert "| prefix | 1.0 | 12% | 1 | 25% |" in lines
+    assert "| suffix | 3.0 | 38% | 2 | 50% |" in lines
+    assert "| host and the rest | 4.0 | 50% | | |" in lines
+    assert "| all | 8.0 | 100% | 1 | 22% |" in lines
+
+
+@pytest.mark.slow
+def test_time_shares_count_every_part_of_a_campaign():
+    settings = engine.Settings(
+        network="lenet", channels=1, num_faults=30, num_images=40, batch_size=20
+    )
+    seconds, clock, limit = time_shares.measure(settings)
+    assert all(clock.seconds[part] > 0 for part in time_shares.PARTS)
+    assert sum(clock.seconds.values()) <= seconds
+    # 40 images of LeNet, by hand: two convolutions, two dense layers; a product and a sum each.
+    network = 30 * 30 * 32 * 9 + 28 * 28 * 64 * 9 * 32 + 12_544 * 128 + 128 * 10
+    assert clock.operations["golden run"] == 40 * 2 * network
+    assert limit > 0

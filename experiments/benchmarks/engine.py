@@ -290,8 +290,13 @@ def run_from_flags(values: flags.FlagValues) -> dict[str, Any]:
     """Raises as `run` does, and ValueError if --out is missing."""
     if not values["out"].value:
         raise ValueError("--out is missing: give the JSON file for the result")
+    return run(settings_from_flags(values), Path(values["out"].value))
+
+
+def settings_from_flags(values: flags.FlagValues) -> Settings:
+    """The settings that the parsed flags spell."""
     given: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Settings)}
-    return run(Settings(**given), Path(values["out"].value))
+    return Settings(**given)
 
 
 def main(argv: Sequence[str]) -> None:
