@@ -1,6 +1,6 @@
-"""Where a campaign's time goes, and what share of the machine's arithmetic limit each part reaches.
+"""Where a campaign's time goes, and how near each part comes to the machine's arithmetic limit.
 
-    python -m experiments.benchmarks.time_shares --network=resnet18 --num_faults=100 --num_images=200
+    python -m experiments.benchmarks.time_shares --network=resnet18 --num_faults=99 --num_images=200
 
 Takes the flags of `experiments.benchmarks.engine`. One campaign runs, every program waited for
 so that its time is its own: host and device then do not overlap, so the whole takes a little
