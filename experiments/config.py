@@ -148,6 +148,14 @@ def config_from_flags(values: flags.FlagValues, settings: type = Config) -> Any:
     return settings(**given)
 
 
+def read_flagfile(path: Path, settings: type = Config) -> Any:
+    """The configuration, a `settings`, that a flagfile spells."""
+    values = flags.FlagValues()
+    define_flags(values, settings)
+    values(["experiment", f"--flagfile={path}"])
+    return config_from_flags(values, settings)
+
+
 def check_same_config(config: Any, workdir: Path) -> None:
     """Raises ValueError naming each difference if `workdir` belongs to another configuration.
 

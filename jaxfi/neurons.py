@@ -156,12 +156,18 @@ def neuron_faults(faults: FaultList, tree: PyTree) -> FaultList:
     if unknown:
         raise ValueError(f"fault model {unknown[0]!r}: allowed are zero, value and bit-flip")
     places = {path: number for number, path in enumerate(leaf_paths(tree))}
+
+    def place(layer: int, has_bit: bool) -> int:
+        return places[f"neurons/{faults.paths[layer]}/{_FLIP if has_bit else _OVERRIDE}"]
+
     has_bit = np.isin(names, BIT_MODELS)
-    leaf = [
-        places[f"neurons/{faults.paths[number]}/{_FLIP if bit else _OVERRIDE}"]
-        for number, bit in zip(faults.leaf, has_bit, strict=True)
-    ]
-    return FaultList.from_arrays(tree, leaf, faults.element, faults.bit, faults.model, faults.value)
+    leaf = [place(*row) for row in zip(faults.leaf, has_bit, strict=True)]
+    drawn_from = faults.drawn_from and tuple(
+        stratum._replace(leaf=place(stratum.leaf, stratum.bits != (-1,)))
+        for stratum in faults.drawn_from
+    )
+    columns = (faults.element, faults.bit, faults.model, faults.value)
+    return FaultList.from_arrays(tree, leaf, *columns, drawn_from=drawn_from)
 
 
 def with_random_values(faults: FaultList, seed: int, low: float, high: float) -> FaultList:

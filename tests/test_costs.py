@@ -16,9 +16,9 @@ from experiments.benchmarks.costs import (
     comment,
     plan_of,
     predict,
-    read_flagfile,
     with_comment,
 )
+from experiments.config import read_flagfile
 from jaxfi.training.regularization import penalized_value_and_grad
 
 

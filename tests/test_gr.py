@@ -10,17 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from experiments import conditions, gr
 from experiments.command import one_line
-from experiments.config import (
-    Config,
-    check_same_config,
-    claim_workdir,
-    config_from_flags,
-    define_flags,
-)
+from experiments.config import Config, check_same_config, claim_workdir, read_flagfile
 from jaxfi import load_campaign
 
 ROOT = Path(__file__).parents[1]
@@ -210,13 +203,6 @@ def run_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 FLAGS = ROOT / "experiments" / "flags"
 FLAGFILES = sorted([FLAGS / "digits.flags", FLAGS / "smoke.flags", *FLAGS.glob("table[2-6]_*")])
-
-
-def read_flagfile(path: Path) -> Config:
-    values = flags.FlagValues()
-    define_flags(values)
-    values(["gr", f"--flagfile={path}"])
-    return config_from_flags(values)
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)

@@ -20,8 +20,9 @@ from jaxfi.neurons import (
     with_random_values,
 )
 from jaxfi.report.figures import outcomes_by_bit
+from jaxfi.report.html import write_report
 from jaxfi.report.shares import shares_by_layer
-from jaxfi.sampling import sample_faults
+from jaxfi.sampling import exhaustive_faults, sample_faults
 
 BATCH = 6
 
@@ -195,6 +196,24 @@ def test_engines_agree_on_neuron_faults(variables, apply_fn, images):
     assert "exponent" in [text.get_text() for text in figure.axes[0].texts]
     layers = {part.name for part in shares_by_layer(fast)}
     assert layers <= {f"neurons/{name}" for name in neurons}
+
+
+def test_a_census_of_crashes_knows_its_population(variables, apply_fn, images, tmp_path):
+    params = variables["params"]
+    neurons = neuron_outputs(apply_fn, params, images, layers="fc")
+    crashes = exhaustive_faults(neurons, model="zero")
+    flips = sample_faults(0, neurons, 3, model="bit-flip")
+    faulty, tree = with_neuron_words(apply_fn, params, neurons)
+    assert neuron_faults(crashes, tree).population == 5
+    assert neuron_faults(flips, tree).population == 5 * 32
+    assert neuron_faults(flips[:2], tree).drawn_from is None
+    campaign = run_campaign(
+        faulty, tree, neuron_faults(crashes, tree), images, np.zeros(BATCH, int), workdir=tmp_path
+    )
+    masked = campaign.rates().masked
+    assert masked.low == masked.value == masked.high == (campaign.outcomes == 0).mean()
+    page = write_report(tmp_path).read_text()
+    assert "neurons/fc" in page
 
 
 def test_faults_of_single_images_run_through_a_campaign(variables, apply_fn, images):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 import struct
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import pytest
 from flax import linen as nn
 
 from experiments import bit_sensitivity, training_strategies
+from experiments.config import read_flagfile
 from experiments.strategies import groups, list_strategies, parse_sweep
 from jaxfi.bit_effects import bit_effects, stored_weights
 from jaxfi.checkpoint import load_checkpoint, load_variables
 from jaxfi.models import MODELS
 from jaxfi.models.layers import convolution, dense
-from jaxfi.report.study import range_ends, write_figures
+from jaxfi.report.study import by_bit, by_injections, range_ends, training_curves, write_figures
 from jaxfi.report.study_tables import pair_rows, read_curves, robustness_rows
 from jaxfi.training import TrainConfig
 
@@ -31,11 +33,11 @@ STRATEGIES = training_strategies.Settings(
         "optimizer=sgd learning_rate=1e30",
     ),
     model="tiny",
-    epochs=2,
+    epochs=3,
     batch_size=32,
     num_train_images=64,
-    keep_every=1,
-    injected_epochs=["1", "last"],
+    keep_every=2,
+    injected_epochs=["2", "last"],
     ranges=["20/10", "70/35"],
     trials=2,
     num_images=30,
@@ -83,7 +85,7 @@ def test_training_has_a_row_for_each_strategy_and_epoch(finished):
         "weight_l2"
     ).split()
     assert [*dict.fromkeys(row["strategy"] for row in rows)] == NAMES
-    assert [row["epoch"] for row in rows if row["strategy"] == NAMES[0]] == ["1", "2"]
+    assert [row["epoch"] for row in rows if row["strategy"] == NAMES[0]] == ["1", "2", "3"]
     assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows)
     variables = load_variables(finished / "networks" / NAMES[0] / "2")
     weights = np.concatenate([
@@ -94,6 +96,11 @@ def test_training_has_a_row_for_each_strategy_and_epoch(finished):
     assert len(weights) == 76
     expected = [weights.mean(), weights.std(), np.linalg.norm(weights)]
     np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_every_second_the_last_and_the_best_network_are_kept(finished):
+    kept = {path.name for path in (finished / "networks" / NAMES[0]).iterdir()}
+    assert kept == {"2", "3", "best"}
 
 
 def test_a_diverged_strategy_is_a_result(finished):
@@ -218,12 +225,106 @@ def test_areas_by_hand():
     assert pair[8] == 1.0 / 2 * 2  # differences 0 and -0.125: every sign is as far
 
 
+@pytest.mark.parametrize("minus_mean", [False, True])
+def test_curves_are_means_over_trials_and_bands_their_ends(minus_mean):
+    mean = np.array([65, 60, 36.25]) if minus_mean else np.zeros(3)  # over both networks
+    low_and_high = {"a": ([80, 60, 40], [80, 80, 80]), "b": ([50, 50, 0], [50, 50, 25])}
+    figure = by_injections(curve_rows(), minus_mean)
+    for axes, (low, high) in zip(figure.axes, low_and_high.values(), strict=True):
+        (line,), (band,) = axes.lines, axes.collections
+        np.testing.assert_array_equal(line.get_xdata(), [0, 5, 10])
+        np.testing.assert_allclose(line.get_ydata(), np.mean([low, high], axis=0) - mean)
+        edges = band.get_paths()[0].vertices
+        for x, ends in zip((0, 5, 10), np.transpose([low - mean, high - mean]), strict=True):
+            drawn = edges[edges[:, 0] == x, 1]
+            np.testing.assert_allclose([drawn.min(), drawn.max()], ends, atol=1e-12)
+
+
+def test_training_curves_have_the_learning_rate_on_a_second_axis(finished):
+    rows = table(finished / "training.csv")
+    accuracy, rate = (training_curves(rows).axes[i] for i in (0, len(NAMES)))
+    own = [row for row in rows if row["strategy"] == NAMES[0]]
+    for axes, column, factor in ((accuracy, "test_accuracy", 100), (rate, "learning_rate", 1)):
+        expected = [factor * float(row[column]) for row in own]
+        np.testing.assert_allclose(axes.lines[0].get_ydata(), expected)
+        np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 2, 3])
+
+
+def test_a_learning_rate_of_zero_is_drawn(finished):
+    rows = [row | {"learning_rate": "0"} if row["epoch"] == "3" else row
+            for row in table(finished / "training.csv")]  # fmt: skip
+    low, high = training_curves(rows).axes[len(NAMES)].get_ylim()
+    assert 0 < low < high
+
+
 def test_ranges_are_found_again():
     settings = training_strategies.Settings()
     assert settings.counts()[:3] == [0, 1000, 2000]
     assert len(settings.counts()) == 20
     assert range_ends(settings.counts()) == [10_000, 100_000]
     assert range_ends([0, 5, 10]) == [10]
+
+
+def test_the_example_of_the_docs_runs():
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "training_strategies.md").read_text(), re.DOTALL
+    )
+    module = Tiny()
+    images = np.random.default_rng(0).normal(size=(3, 32, 32, 1)).astype(np.float32)
+    given = {
+        "params": module.init(jax.random.key(0), images)["params"],
+        "apply_fn": lambda params, images: module.apply({"params": params}, images),
+        "images": images,
+        "labels": np.zeros(3, np.int32),
+    }
+    exec(compile(example, "training_strategies.md", "exec"), given)
+    assert given["campaign"].outcomes.shape == (len(given["faults"]), 3)
+
+
+FLAGS = ROOT / "experiments" / "flags"
+
+
+@pytest.mark.parametrize("experiment", [training_strategies, bit_sensitivity])
+def test_flagfiles_are_valid_and_say_their_command(experiment):
+    name = experiment.__name__.partition(".")[2]
+    paths = sorted(FLAGS.glob(f"{name}_*.flags"))
+    assert {path.stem.removeprefix(f"{name}_") for path in paths} >= {
+        "smoke", "digits", "mnist", "cifar10_resnet18",
+    }  # fmt: skip
+    for path in paths:
+        read_flagfile(path, experiment.Settings).validate()
+        text = path.read_text()
+        assert f"python -m experiments.{name}\n" in text
+        assert f"--flagfile=experiments/flags/{path.name} --workdir=runs/" in text
+
+
+def test_every_training_of_the_study_is_in_its_flagfile(reference_dir):
+    path = FLAGS / "training_strategies_cifar10_resnet18.flags"
+    settings = read_flagfile(path, training_strategies.Settings)
+    configs = [s.config for s in list_strategies(settings.sweep, settings.base())]
+    rows = table(reference_dir / "thesis.csv")
+    assert len(rows) == 42
+    parse = {"schedule": str, "weight_decay": float, "batch_size": int}
+    for row in rows:
+        swept = row["swept"].replace("scheduler", "schedule")
+        value = parse[swept](row["value"].partition("_")[0])
+        wanted = {"optimizer": row["optimizer"], swept: value}
+        if row["epochs"]:
+            wanted["epochs"] = int(row["epochs"])
+        assert any(wanted.items() <= vars(config).items() for config in configs), wanted
+
+
+def test_the_docs_say_what_was_published(reference_dir):
+    text = (ROOT / "docs" / "training_strategies.md").read_text()
+    cells = {
+        (label, optimizer): cell.split(" / ")
+        for label, *parts in re.findall(r"^\| (\S.*?) \|" + r" (\S+ / \S+) \|" * 4, text, re.M)
+        for optimizer, cell in zip(("sgd", "adam", "adagrad", "rmsprop"), parts, strict=True)
+    }
+    labels = {"scheduler": "{}", "weight_decay": "weight decay {}", "batch_size": "batch {}"}
+    for row in table(reference_dir / "thesis.csv"):
+        label = labels[row["swept"]].format(row["value"].partition("_")[0])
+        assert cells[label, row["optimizer"]][0] == (row["max_test_acc"] or "—")
 
 
 BITS = bit_sensitivity.Settings(
@@ -263,6 +364,12 @@ def test_every_bit_of_every_dtype_has_its_rows(flipped):
     assert {path.suffix for path in flipped.glob("accuracy_by_bit.*")} == {
         ".csv", ".pdf", ".svg", ".png",
     }  # fmt: skip
+
+
+def test_the_fields_of_a_word_are_marked(flipped):
+    figure = by_bit(table(flipped / "accuracy_by_bit.csv"))
+    marked = [{text.get_text() for text in axes.texts} for axes in figure.axes]
+    assert marked == [{"sign", "exponent", "mantissa"}] * 2 + [{"sign"}]
 
 
 def test_bits_are_not_flipped_again(flipped, monkeypatch):

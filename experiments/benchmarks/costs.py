@@ -39,7 +39,7 @@ from experiments.benchmarks.campaign_plan import (
     plan_campaign,
 )
 from experiments.command import run_command
-from experiments.config import Config, config_from_flags, define_flags, parse_flags
+from experiments.config import Config, parse_flags, read_flagfile
 from experiments.gr import LOSSES, list_faults
 from jaxfi.models import MODELS
 
@@ -79,14 +79,6 @@ class Cost(NamedTuple):
         return computing_seconds(self.training + self.campaigns) + compiling_seconds(
             self.num_leaves
         )
-
-
-def read_flagfile(path: Path) -> Config:
-    """The configuration that a flagfile spells."""
-    values = flags.FlagValues()
-    define_flags(values)
-    values(["costs", f"--flagfile={path}"])
-    return config_from_flags(values)
 
 
 def plan_of(config: Config) -> CampaignPlan:

@@ -103,6 +103,7 @@ def training_losses(rows: Rows) -> Figure:
 def _by_epoch_with_rate(rows: Rows, draw: Callable[[Axes, np.ndarray, Rows], None]) -> Figure:
     strategies = _split(rows, "strategy")
     rates = _numbers(rows, "learning_rate")
+    rates = rates[rates > 0]  # the end of a cosine is 0, which no logarithm shows
     limits = [10 ** np.floor(np.log10(rates.min()) - 0.1), 10 ** np.ceil(np.log10(rates.max()))]
     with print_style():
         figure, panels = _grid(len(strategies), columns=3)
@@ -159,13 +160,15 @@ def by_injections(rows: Rows, minus_mean: bool = False) -> Figure:
     with print_style():
         height = 0.8 + 2.1 * len(by_optimizer)
         figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")
-        panels = figure.subplots(len(by_optimizer), len(ends), squeeze=False, sharey=minus_mean)
+        panels = figure.subplots(len(by_optimizer), len(ends), squeeze=False, sharey=True)
         for line, (optimizer, part) in zip(panels, by_optimizer.items(), strict=True):
             for axes, end in zip(line, ends, strict=True):
                 _draw_curves(axes, part, end, mean)
                 axes.set_title(f"{optimizer}, up to {end:,} faults", loc="left")
-                axes.set_ylabel("Accuracy - mean (points)" if minus_mean else "Accuracy (%)")
+            line[0].set_ylabel("Accuracy - mean (points)" if minus_mean else "Accuracy (%)")
             line[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if not minus_mean:
+            panels[0, 0].set_ylim(0, 100)
         _label_faults(panels[-1])
         return figure
 
@@ -178,8 +181,8 @@ def by_epoch(rows: Rows) -> Figure:
         for axes, (name, epochs) in zip(panels, several.items(), strict=False):
             named = {f"epoch {epoch}": curve for epoch, curve in sorted(epochs.items())}
             _draw_curves(axes, named, max(next(iter(named.values()))), None)
-            axes.set_title(name, loc="left")
-            axes.set_ylabel("Accuracy (%)")
+            axes.set_title(name, loc="left", fontsize=7)
+            axes.set(ylim=(0, 100), ylabel="Accuracy (%)")
             axes.legend(fontsize=7)
         _label_faults(panels[max(len(several) - 2, 0) : len(several)])
         return figure
