@@ -45,7 +45,6 @@ class Settings(NetworkSettings):
     """Everything that decides the result; the flags have the same names and say what they mean."""
 
     arithmetics: list[str]
-    paths: str
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -56,9 +55,6 @@ def define_flags(values: flags.FlagValues) -> None:
         ["float32", "tf32", "bfloat16"],
         "The first is compared with.",
         flag_values=values,
-    )
-    flags.DEFINE_string(
-        "paths", "*", "Pattern of the leaves that get faults: layer3/*.", flag_values=values
     )
     flags.DEFINE_integer(
         "num_faults", 640, "Faults, equally many of each bit position.", 32, flag_values=values

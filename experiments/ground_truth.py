@@ -11,6 +11,7 @@ published ones. A layer of the table is the first part of a leaf's path: `layer3
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,16 @@ def parse_arithmetic(text: str) -> dict[str, str]:
     return entries
 
 
+def on_paths(published: ResultTable, pattern: str) -> ResultTable:
+    """The faults whose leaf's path matches. Raises ValueError if none does."""
+    faults = published.faults
+    chosen = np.array([fnmatch.fnmatchcase(path, pattern) for path in faults.paths])[faults.leaf]
+    if not chosen.any():
+        hit = ", ".join(faults.paths[leaf] for leaf in np.unique(faults.leaf))
+        raise ValueError(f"--paths={pattern}: no fault there; the list has faults in {hit}")
+    return ResultTable(*(column[chosen] for column in published))
+
+
 def run(settings: Settings, workdir: Path) -> list[Agreement]:
     """Injects the faults and compares. Raises ValueError or OSError, in one line, before that."""
     arithmetic = parse_arithmetic(settings.arithmetic)
@@ -93,7 +104,7 @@ def run(settings: Settings, workdir: Path) -> list[Agreement]:
         raise FileNotFoundError(f"--outcomes={settings.outcomes}: no such file")
     check_same_config(settings, workdir)  # type: ignore[arg-type]
     subject = load_subject(settings)
-    published = read_results(settings.outcomes, subject.params)
+    published = on_paths(read_results(settings.outcomes, subject.params), settings.paths)
     rows = sample_rows(published.faults, settings.num_faults, settings.seed)
     apply_fn = check_arithmetic(subject, arithmetic)
     claim_workdir(settings, workdir)  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ class NetworkSettings:
     mean: list[float]
     std: list[float]
     num_faults: int
+    paths: str
     num_images: int
     jpeg_quality: int
     nan: str
@@ -52,6 +53,7 @@ def define_network_flags(values: flags.FlagValues) -> None:
     text("dataset", "cifar10", "Its test images are used: digits, mnist or cifar10.")
     numbers("mean", ["0.4914", "0.4822", "0.4465"], "Of pixels in [0, 1], per channel.")
     numbers("std", ["0.2023", "0.1994", "0.2010"], "Of pixels in [0, 1], per channel.")
+    text("paths", "*", "Pattern of the leaves that get faults: layer3/*.")
     number("num_images", 0, "Test images, the first ones; 0 is all.", 0)
     number("jpeg_quality", 0, "Compress the images again at this quality; 0: do not.", 0, 95)
     choice("nan", "argmax", NAN_POLICIES, "What a NaN output counts as.")

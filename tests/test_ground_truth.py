@@ -155,6 +155,7 @@ def test_the_same_again_continues_and_another_is_refused(finished, reference):
         ({"arithmetic": "tf32"}, "'tf32' is not PATTERN=ARITHMETIC"),
         ({"num_faults": 100}, "num_faults=100: allowed are 0 .all. to 8"),
         ({"num_images": 1000}, "num_images=1000: allowed are 0 .all. to 500"),
+        ({"paths": "bn*"}, "paths=bn.: no fault there; .* in conv1/kernel, layer3/1/conv2/kernel"),
         ({"mean": [0.5, 0.5, 0.5]}, "--mean has not 1 numbers"),
         ({"jpeg_quality": 90}, "images of 3 channels"),
     ],
@@ -198,6 +199,15 @@ def test_samples_are_nested_and_reach_every_stratum(reference):
     assert set(few) <= set(more)
     assert len(set(stratum[more])) == len(set(stratum)) == 7
     assert list(agreement.sample_rows(faults, 0, seed=1)) == list(range(len(SITES)))
+
+
+def test_paths_restrict_the_published_list(reference):
+    subject = published_network.load_subject(settings(reference, reference))
+    published = read_results(reference / "outcomes.csv", subject.params)
+    found = ground_truth.on_paths(published, "layer3/*")
+    assert [site[0] for site in SITES[3:6]] == ["layer3.1.conv2"] * 2 + ["layer3.2.conv1"]
+    assert found.faults == published.faults[3:6]
+    np.testing.assert_array_equal(found.masked, published.masked[3:6])
 
 
 def test_the_interval_covers_the_whole_list():
