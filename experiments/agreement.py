@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,11 @@ BIT_CLASSES = {
 AGREEMENT_COLUMNS = (
     "layer", "bits", "num_faults", "masked_published", "masked_measured",
     "critical_published", "critical_measured",
+)  # fmt: skip
+INTERVAL_COLUMNS = (
+    "images", "layer", "bits", "num_faults",
+    "masked_published", "masked_measured", "masked_low", "masked_high",
+    "critical_published", "critical_measured", "critical_low", "critical_high",
 )  # fmt: skip
 OUTCOMES = {"masked": MASKED, "non_critical": NON_CRITICAL, "critical": CRITICAL}
 ALL = "all"
@@ -208,6 +213,16 @@ def write_agreement(path: Path, agreements: Iterable[Agreement]) -> None:
          found.masked[0], found.masked[1].value, found.critical[0], found.critical[1].value)
         for found in agreements
         if ALL not in (found.layer, found.bits)
+    ))  # fmt: skip
+
+
+def write_intervals(path: Path, by_images: Mapping[str, Sequence[Agreement]]) -> None:
+    """Every part of the table, with the intervals, for each set of images."""
+    _write_csv(path, INTERVAL_COLUMNS, (
+        (images, found.layer, found.bits, found.num_faults,
+         found.masked[0], *found.masked[1], found.critical[0], *found.critical[1])
+        for images, agreements in by_images.items()
+        for found in agreements
     ))  # fmt: skip
 
 

@@ -72,8 +72,9 @@ def run(settings: Settings, workdir: Path) -> dict[str, Campaign]:
     subject = load_subject(settings)
     networks = {name: check_arithmetic(subject, {"*": name}) for name in settings.arithmetics}
     faults = sample_faults(
-        settings.seed, subject.params, settings.num_faults, by="bit", paths=settings.paths
-    )
+        settings.seed, subject.params, settings.num_faults,
+        by="bit", paths=settings.paths, bits=settings.bits or None,
+    )  # fmt: skip
     claim_workdir(settings, workdir)  # type: ignore[arg-type]
     campaigns = {
         name: run_campaign(

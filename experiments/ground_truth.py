@@ -30,6 +30,7 @@ from experiments.agreement import (
     sample_rows,
     write_agreement,
     write_faults,
+    write_intervals,
 )
 from experiments.command import run_command, workdir_from
 from experiments.config import check_same_config, claim_workdir, parse_flags
@@ -87,13 +88,18 @@ def parse_arithmetic(text: str) -> dict[str, str]:
     return entries
 
 
-def on_paths(published: ResultTable, pattern: str) -> ResultTable:
-    """The faults whose leaf's path matches. Raises ValueError if none does."""
+def restrict(published: ResultTable, pattern: str, bits: Sequence[int]) -> ResultTable:
+    """The faults whose leaf's path matches, in these bits (none: all). ValueError if none does."""
     faults = published.faults
     chosen = np.array([fnmatch.fnmatchcase(path, pattern) for path in faults.paths])[faults.leaf]
     if not chosen.any():
         hit = ", ".join(faults.paths[leaf] for leaf in np.unique(faults.leaf))
         raise ValueError(f"--paths={pattern}: no fault there; the list has faults in {hit}")
+    if bits:
+        there = np.unique(faults.bit[chosen]).tolist()
+        chosen &= np.isin(faults.bit, bits)
+        if not chosen.any():
+            raise ValueError(f"--bits={bits}: no fault there; the list has faults in {there}")
     return ResultTable(*(column[chosen] for column in published))
 
 
@@ -104,7 +110,8 @@ def run(settings: Settings, workdir: Path) -> list[Agreement]:
         raise FileNotFoundError(f"--outcomes={settings.outcomes}: no such file")
     check_same_config(settings, workdir)  # type: ignore[arg-type]
     subject = load_subject(settings)
-    published = on_paths(read_results(settings.outcomes, subject.params), settings.paths)
+    listed = read_results(settings.outcomes, subject.params)
+    published = restrict(listed, settings.paths, settings.bits)
     rows = sample_rows(published.faults, settings.num_faults, settings.seed)
     apply_fn = check_arithmetic(subject, arithmetic)
     claim_workdir(settings, workdir)  # type: ignore[arg-type]
@@ -127,17 +134,14 @@ def run(settings: Settings, workdir: Path) -> list[Agreement]:
 def write_results(
     published: ResultTable, rows: np.ndarray, campaign: Campaign, note: str, workdir: Path
 ) -> list[Agreement]:
-    """agreement.csv, faults.csv, and the table and correlations on the terminal.
-
-    agreement_correct.csv holds only the images that the golden network gets right.
-    """
+    """agreement.csv, intervals.csv, faults.csv; the table and correlations on the terminal."""
     console = Console()
     agreements = compare(published, rows, campaign)
     write_agreement(workdir / "agreement.csv", agreements)
     write_faults(workdir / "faults.csv", published, rows, campaign)
     print_agreement("all images", agreements, console)
     of_correct = compare(published, rows, correct_images(campaign))
-    write_agreement(workdir / "agreement_correct.csv", of_correct)
+    write_intervals(workdir / "intervals.csv", {"all": agreements, "right": of_correct})
     print_agreement("images that the golden network gets right", of_correct[-1:], console)
     print_correlations(published, rows, campaign, console)
     accuracy = f"{len(campaign.labels):,} images, clean accuracy {campaign.clean_accuracy:.4f}"

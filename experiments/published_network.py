@@ -33,6 +33,7 @@ class NetworkSettings:
     std: list[float]
     num_faults: int
     paths: str
+    bits: list[int]
     num_images: int
     jpeg_quality: int
     nan: str
@@ -48,12 +49,13 @@ def define_network_flags(values: flags.FlagValues) -> None:
     choice: Any = functools.partial(flags.DEFINE_enum, flag_values=values)
     numbers: Any = functools.partial(flags.DEFINE_list, flag_values=values)
     text("workdir", None, "Folder of the results; the same again continues.")
-    text("weights", None, "PyTorch state dict of the network: .npz, .safetensors or .pt.")
+    text("weights", None, "PyTorch state dict of the network: .npz, .safetensors, .pt or .onnx.")
     text("network", "resnet20", "Network: a name in jaxfi.models.MODELS.")
     text("dataset", "cifar10", "Its test images are used: digits, mnist or cifar10.")
     numbers("mean", ["0.4914", "0.4822", "0.4465"], "Of pixels in [0, 1], per channel.")
     numbers("std", ["0.2023", "0.1994", "0.2010"], "Of pixels in [0, 1], per channel.")
     text("paths", "*", "Pattern of the leaves that get faults: layer3/*.")
+    numbers("bits", [], "Bit positions that get faults, comma-separated; none is all.")
     number("num_images", 0, "Test images, the first ones; 0 is all.", 0)
     number("jpeg_quality", 0, "Compress the images again at this quality; 0: do not.", 0, 95)
     choice("nan", "argmax", NAN_POLICIES, "What a NaN output counts as.")
@@ -72,8 +74,8 @@ def given_settings(kind: type, values: flags.FlagValues, files: Sequence[str]) -
     for name in files:
         if not given[name]:
             raise ValueError(f"--{name} is missing: give the reference file")
-    for name in ("mean", "std"):
-        given[name] = [float(number) for number in given[name]]
+    for name, kind_of_number in (("mean", float), ("std", float), ("bits", int)):
+        given[name] = [kind_of_number(number) for number in given[name]]
     return given
 
 

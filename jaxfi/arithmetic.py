@@ -10,7 +10,8 @@ significant bits is exact in float32; the sums stay the backend's float32 sums, 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,26 @@ from jax import lax
 from jax.extend import core
 
 from jaxfi.faults import PyTree
-from jaxfi.slicing import ApplyFn, Network, bind, read, trace_network, variables
+from jaxfi.slicing import ApplyFn, bind, read, trace_network
+from jaxfi.sources import (
+    IMAGES,
+    NOTHING,
+    Body,
+    Sources,
+    call_parameter,
+    follow,
+    inner_sources,
+    leaf_sources,
+    sources_of,
+)
 
 Rounding = Callable[[jax.Array], jax.Array]
+Choice = Callable[[core.JaxprEqn, Sequence[Sources]], Rounding | None]
 
-_MATRIX_UNIT = ("conv_general_dilated", "dot_general")
-IMAGES = -1  # stands among leaf numbers for "depends on the images"
+# Operations of a matrix unit, which multiply their first two operands, and parts of the names of
+# others that cannot be rounded from outside: scaled_dot, dot_product_attention_fwd, ...
+_ROUNDED = ("conv_general_dilated", "dot_general", "ragged_dot_general")
+_MATRIX_UNIT = (*_ROUNDED, "_dot", "dot_", "matmul")
 # Below 2**-14, float16 has steps of 2**-24 and lax.reduce_precision(x, 5, 10) gives 0.
 _FLOAT16_SMALLEST_NORMAL, _FLOAT16_STEPS = 2.0**-14, 2.0**24
 
@@ -75,7 +90,8 @@ def with_arithmetic(apply_fn: ApplyFn, arithmetic: Mapping[str, str]) -> ApplyFn
     A convolution or matmul belongs to the leaf that one of its operands is computed from (without
     the images), and takes the first entry whose pattern matches the leaf's path. One that belongs
     to no leaf, as in attention, takes the entry "*". Both operands are rounded; sums, biases and
-    everything else stay as they are. Without an entry nothing is rounded.
+    everything else stay as they are. Without an entry nothing is rounded. Inside scan, while, cond
+    and inner calls the same holds; layers that share a stacked leaf share its entry.
 
     Args:
       apply_fn: pure; maps parameters and images [batch, ...] to outputs [batch, classes].
@@ -86,7 +102,8 @@ def with_arithmetic(apply_fn: ApplyFn, arithmetic: Mapping[str, str]) -> ApplyFn
       A function like `apply_fn`, pure and jit-able.
 
     Raises ValueError for an unknown arithmetic; when called, also for a pattern that is the first
-    to match no leaf, and for a convolution or matmul inside a loop or branch.
+    to match no leaf, and for a convolution or matmul that no rounding can reach, as in shard_map
+    or a Pallas kernel.
 
     >>> def apply_fn(params, images):
     ...     return images @ params["dense"]["kernel"]
@@ -107,7 +124,10 @@ def with_arithmetic(apply_fn: ApplyFn, arithmetic: Mapping[str, str]) -> ApplyFn
         shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
         network = trace_network(apply_fn, params, shape)
         entries = _entry_of_each_leaf(network.paths, patterns)
-        return _run(network, jax.tree.leaves(params), images, entries, patterns)
+        choose = functools.partial(_rounding, entries=entries, patterns=patterns)
+        leaves = zip(network.leaves, jax.tree.leaves(params), strict=True)
+        env = {**network.given, **dict(leaves), network.image: images}
+        return read(_run(network.equations, env, leaf_sources(network), choose), network.output)
 
     return rounded_apply_fn
 
@@ -128,60 +148,86 @@ def _entry_of_each_leaf(paths: Sequence[str], patterns: Mapping[str, str]) -> li
 
 
 def _run(
-    network: Network,
-    leaves: Sequence[jax.Array],
-    images: jax.Array,
-    entries: Sequence[str | None],
-    patterns: Mapping[str, str],
-) -> jax.Array:
-    env = {**network.given, **dict(zip(network.leaves, leaves, strict=True)), network.image: images}
-    sources = leaf_sources(network)
-    for equation in network.equations:
-        operands = [read(env, value) for value in equation.invars]
-        rounding = _rounding(equation, sources, entries, patterns)
-        if rounding is not None:
-            operands = [rounding(operand) for operand in operands]
-        env.update(zip(equation.outvars, bind(equation, operands), strict=True))
-    return read(env, network.output)
+    equations: Iterable[core.JaxprEqn],
+    env: Mapping[core.Var, jax.Array],
+    sources: Mapping[core.Var, Sources],
+    choose: Choice,
+) -> dict[core.Var, jax.Array]:
+    """`env` and the results of the equations, with operands rounded as `choose` says."""
+    values = dict(env)
+    for equation in equations:
+        operands = [read(values, value) for value in equation.invars]
+        results = _apply(equation, operands, sources_of(equation.invars, sources), choose)
+        values.update(zip(equation.outvars, results, strict=True))
+    return values
 
 
-def leaf_sources(network: Network) -> dict[core.Var, frozenset[int]]:
-    """The leaves (by number) that each variable is computed from, and `IMAGES`."""
-    sources = {var: frozenset({number}) for number, var in enumerate(network.leaves)}
-    sources[network.image] = frozenset({IMAGES})
-    for equation in network.equations:
-        operands = [sources.get(var, frozenset()) for var in variables(equation.invars)]
-        sources.update(dict.fromkeys(equation.outvars, frozenset().union(*operands)))
-    return sources
+def _apply(
+    equation: core.JaxprEqn, operands: list, sources: Sequence[Sources], choose: Choice
+) -> list:
+    name = equation.primitive.name
+    inside = next(_matrix_unit(equation), None)
+    if inside is None:
+        return bind(equation, operands)
+    if name in _ROUNDED:
+        rounding = choose(equation, sources) or (lambda operand: operand)
+        return bind(equation, [*map(rounding, operands[:2]), *operands[2:]])
+    bodies = inner_sources(equation, sources)
+    if not bodies:
+        where = f" inside a {name}" if inside != name else ""
+        raise ValueError(
+            f"cannot set the arithmetic of a {inside}{where}: allowed are {', '.join(_ROUNDED)}, "
+            "also inside scan, while, cond and calls"
+        )
+    called = call_parameter(equation)
+    if called:
+        return _run_body(equation.params[called], operands, bodies[called], choose)
+    rounded = {
+        parameter: _rounded(equation.params[parameter], inputs, choose)
+        for parameter, inputs in bodies.items()
+    }
+    return bind(equation.replace(params={**equation.params, **rounded}), operands)
+
+
+def _rounded(bodies: Body | tuple, inputs: Sequence[Sources], choose: Choice) -> Body | tuple:
+    """The body of a loop, or the bodies of branches, with operands rounded."""
+    if isinstance(bodies, tuple):
+        return tuple(_rounded(body, inputs, choose) for body in bodies)
+    run = functools.partial(_run_body, bodies, sources=inputs, choose=choose)
+    return jax.make_jaxpr(lambda *operands: run(operands))(*bodies.in_avals)
+
+
+def _run_body(
+    body: Body, operands: Sequence, sources: Sequence[Sources], choose: Choice
+) -> list[jax.Array]:
+    inner, consts = getattr(body, "jaxpr", body), getattr(body, "consts", ())
+    env = dict(zip((*inner.constvars, *inner.invars), (*consts, *operands), strict=True))
+    known = follow(inner.eqns, dict(zip(inner.invars, sources, strict=True)))
+    values = _run(inner.eqns, env, known, choose)
+    return [read(values, value) for value in inner.outvars]
 
 
 def _rounding(
     equation: core.JaxprEqn,
-    sources: Mapping[core.Var, frozenset[int]],
+    sources: Sequence[Sources],
     entries: Sequence[str | None],
     patterns: Mapping[str, str],
 ) -> Rounding | None:
     """What to do to both operands of an equation; None leaves them."""
-    name = equation.primitive.name
-    if name not in _MATRIX_UNIT:
-        _check_no_matrix_unit_inside(equation)
-        return None
-    dtypes = [value.aval.dtype for value in equation.invars]  # type: ignore[attr-defined]
+    dtypes = [value.aval.dtype for value in equation.invars[:2]]  # type: ignore[attr-defined]
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         return None
-    operands = [sources.get(var, frozenset()) for var in variables(equation.invars)]
-    leaves = frozenset().union(*(source for source in operands if IMAGES not in source))
+    leaves = NOTHING.union(*(source for source in sources[:2] if IMAGES not in source))
     decided_by = [entries[leaf] for leaf in leaves] if leaves else ["*"]
     entry = next((pattern for pattern in patterns if pattern in decided_by), None)
     return ARITHMETIC[patterns[entry]] if entry is not None else None
 
 
-def _check_no_matrix_unit_inside(equation: core.JaxprEqn) -> None:
-    for jaxpr in core.jaxprs_in_params(equation.params):
-        for inner in jaxpr.eqns:
-            if inner.primitive.name in _MATRIX_UNIT:
-                raise ValueError(
-                    f"cannot set the arithmetic of a {inner.primitive.name} inside a "
-                    f"{equation.primitive.name}: allowed are networks without it, so unroll it"
-                )
-            _check_no_matrix_unit_inside(inner)
+def _matrix_unit(equation: core.JaxprEqn) -> Iterator[str]:
+    """Names of the matrix unit's operations in an equation."""
+    name = equation.primitive.name
+    if any(part in name for part in _MATRIX_UNIT):
+        yield name
+    for body in core.jaxprs_in_params(equation.params):
+        for inner in body.eqns:
+            yield from _matrix_unit(inner)

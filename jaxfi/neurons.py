@@ -31,7 +31,6 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxfi.arithmetic import IMAGES, leaf_sources
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import (
     BIT_MODELS,
@@ -43,7 +42,8 @@ from jaxfi.faults import (
     to_words,
     word_dtype,
 )
-from jaxfi.slicing import ApplyFn, Network, bind, read, trace_network, variables
+from jaxfi.slicing import ApplyFn, Network, bind, read, trace_network
+from jaxfi.sources import IMAGES, leaf_sources, sources_of
 
 Neurons = dict[str, jax.ShapeDtypeStruct]
 """Shape and dtype of a layer's neurons by the layer's path, sorted as trees are."""
@@ -211,7 +211,7 @@ def layer_outputs(network: Network) -> Mapping[core.Var, str]:
     sources = leaf_sources(network)
     last: dict[str, core.Var] = {}
     for equation in network.equations:
-        operands = [sources.get(var, frozenset()) for var in variables(equation.invars)]
+        operands = sources_of(equation.invars, sources)
         own = frozenset().union(*(source for source in operands if IMAGES not in source))
         if any(IMAGES in source for source in operands):
             for leaf in own:

@@ -240,11 +240,171 @@ def test_an_unknown_arithmetic_is_an_error_at_once():
         with_arithmetic(network, {"*": "tf23"})
 
 
-def test_a_loop_over_layers_is_an_error():
-    def loop(params, images):
-        x = images.reshape(4, -1)
-        return lax.scan(lambda x, w: (multiply(x, w), None), x, params["kernels"])[0]
+# Loops, branches, calls
 
-    params = {"kernels": jnp.ones((2, 108, 108))}
-    with pytest.raises(ValueError, match="dot_general inside a scan"):
-        with_arithmetic(loop, {"*": "tf32"})(params, IMAGES)
+# One weight in each column: every sum is exact, so NumPy's must be the same to the bit.
+WEIGHTS = jnp.abs(jax.random.normal(KEYS[3], (3, 12, 1)))
+LAYERS = {"kernels": WEIGHTS * jnp.roll(jnp.eye(12), 5, axis=0)[None], "last": jnp.eye(12, 10)}
+INPUTS = jax.random.normal(KEYS[2], (4, 12))
+
+
+def layer(x, kernel):
+    return jax.nn.relu(multiply(x, kernel))
+
+
+def by_scan(x, kernels):
+    return lax.scan(lambda x, kernel: (layer(x, kernel), None), x, kernels)[0]
+
+
+def by_scan_backwards_with_outputs(x, kernels):
+    def step(carry, kernel):
+        x = layer(carry[1], kernel)
+        return (carry[0] + 1, x), x.sum()
+
+    (count, x), sums = lax.scan(step, (0, x), kernels[::-1], reverse=True)
+    return x + 0 * sums.sum() + 0 * count
+
+
+def by_for_loop(x, kernels):
+    return lax.fori_loop(0, 3, lambda i, x: layer(x, kernels[i]), x)
+
+
+def by_while_loop(x, kernels):
+    """The number of rounds depends on the images, the kernels do not."""
+
+    def another(state):
+        return (state[0] < 3) & (multiply(state[1], kernels[0]).sum() < jnp.inf)
+
+    return lax.while_loop(another, lambda s: (s[0] + 1, layer(s[1], kernels[s[0]])), (0, x))[1]
+
+
+def by_branches(x, kernels):
+    x = lax.cond(x.sum() < jnp.inf, lambda x: layer(x, kernels[0]), lambda x: 0 * x, x)
+    branches = [lambda x, kernel: -layer(x, kernel), layer, lambda x, kernel: x]
+    x = lax.switch((x.sum() > -1).astype(jnp.int32), branches, x, kernels[1])
+    kernel = lax.cond(x.sum() < jnp.inf, lambda: kernels[2], lambda: kernels[1])
+    return layer(x, kernel)
+
+
+def by_calls(x, kernels):
+    with_jvp = jax.custom_jvp(layer)
+    with_jvp.defjvps(None, None)
+    with_vjp = jax.custom_vjp(layer)
+    with_vjp.defvjp(lambda x, kernel: (layer(x, kernel), None), lambda _, g: (g, None))
+    for call, kernel in zip((jax.jit(layer), with_jvp, with_vjp), kernels, strict=True):
+        x = jax.checkpoint(call)(x, kernel)
+    return x
+
+
+def by_calls_in_a_loop(x, kernels):
+    def step(x, kernel):
+        return lax.cond(
+            x[0, 0] < jnp.inf, jax.checkpoint(jax.jit(layer)), lambda x, _: x, x, kernel
+        )
+
+    with_jvp = jax.custom_jvp(step)
+    with_jvp.defjvps(None, None)
+    return lax.scan(lambda x, kernel: (jax.jit(with_jvp)(x, kernel), None), x, kernels)[0]
+
+
+def by_images(x, kernels):
+    """vmap over images, a loop in each."""
+    return jax.vmap(lambda x: by_while_loop(x[None], kernels)[0])(x)
+
+
+IN_LOOPS = [
+    by_scan, by_scan_backwards_with_outputs, by_for_loop, by_while_loop, by_branches, by_calls,
+    by_calls_in_a_loop, by_images,
+]  # fmt: skip
+
+
+def in_loops(body):
+    def apply_fn(params, images):
+        return multiply(body(images, params["kernels"]), params["last"])
+
+    return apply_fn
+
+
+def layers_in_numpy(name):
+    """Layer by layer, with NumPy's rounding of every operand."""
+    x = np.asarray(INPUTS)
+    for kernel in np.asarray(LAYERS["kernels"]):
+        x = np.maximum(round_in_float64(x, name) @ round_in_float64(kernel, name), 0)
+    return x[:, :10]
+
+
+@pytest.mark.parametrize("name", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("body", IN_LOOPS, ids=lambda body: body.__name__)
+def test_operands_inside_are_rounded_as_numpy_does(body, name):
+    rounded = with_arithmetic(in_loops(body), {"kernels": name, "last": "float32"})
+    expected = layers_in_numpy(name)
+    np.testing.assert_array_equal(jax.jit(rounded)(LAYERS, INPUTS), expected)
+    assert (in_loops(body)(LAYERS, INPUTS) != expected).mean() > 0.2
+
+
+@pytest.mark.parametrize("body", IN_LOOPS, ids=lambda body: body.__name__)
+def test_every_operation_inside_belongs_to_its_leaf(body):
+    """With no entry but the last layer's, nothing inside is rounded; with the star, all is."""
+    exact = in_loops(body)(LAYERS, INPUTS)
+    last = with_arithmetic(in_loops(body), {"last": "tf32", "*": "float32"})
+    assert rounding_operations(last, LAYERS, INPUTS) == 2
+    same = with_arithmetic(in_loops(body), {"*": "float32"})
+    np.testing.assert_array_equal(same(LAYERS, INPUTS), exact)
+    every = with_arithmetic(in_loops(body), {"*": "tf32"})
+    inside = str(jax.make_jaxpr(every)(LAYERS, INPUTS))
+    assert inside.count("reduce_precision") == 2 * inside.count("dot_general")
+
+
+@pytest.mark.parametrize("body", [by_scan, by_branches], ids=lambda body: body.__name__)
+def test_campaigns_run_networks_with_rounded_loops(body):
+    apply_fn = with_arithmetic(in_loops(body), {"*": "tf32"})
+    # Positive, so that no ReLU masks a fault.
+    params = {**LAYERS, "kernels": jnp.abs(jax.random.normal(KEYS[3], (3, 12, 12)))}
+    images, labels = jnp.abs(INPUTS), np.zeros(len(INPUTS), np.int32)
+    faults = sample_faults(0, params, 64, by="bit", paths="kernels")
+    fast, plain = (
+        run_campaign(apply_fn, params, faults, images, labels, engine=engine)
+        for engine in ("fast", "reference")
+    )
+    np.testing.assert_array_equal(fast.outcomes, plain.outcomes)
+    before, after = (round_in_float64(x.astype(np.float32), "tf32") for x in faults.values(params))
+    assert (fast.outcomes[before == after] == MASKED).all()
+    assert (fast.outcomes[before != after] != MASKED).mean() > 0.5
+
+
+def test_grouped_matmuls_are_rounded():
+    def apply_fn(params, images):
+        return lax.ragged_dot(images, params["experts"], jnp.array([1, 3]), precision="highest")
+
+    params = {"experts": LAYERS["kernels"][:2]}
+    rounded = with_arithmetic(apply_fn, {"*": "bfloat16"})
+    x, kernels = (round_in_float64(np.asarray(a), "bfloat16") for a in (INPUTS, params["experts"]))
+    expected = np.concatenate([x[:1] @ kernels[0], x[1:] @ kernels[1]])
+    np.testing.assert_allclose(rounded(params, INPUTS), expected, rtol=1e-5)
+
+
+def by_shard_map(params, images):
+    mesh = jax.make_mesh((1,), ("images",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, whole = jax.sharding.PartitionSpec("images"), jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(multiply, mesh=mesh, in_specs=(spec, whole), out_specs=spec)
+    return mapped(images, params["last"])
+
+
+def by_solve(params, images):
+    def matvec(x):
+        return multiply(params["kernels"][0], x)
+
+    x = lax.custom_linear_solve(matvec, images[0], lambda matvec, x: x, symmetric=True)
+    return multiply(images + x[None], params["last"])
+
+
+@pytest.mark.parametrize(
+    "apply_fn, message",
+    [
+        (by_shard_map, "a dot_general inside a shard_map: allowed are conv_general_dilated"),
+        (by_solve, "a dot_general inside a custom_linear_solve: allowed are"),
+    ],
+)
+def test_what_no_rounding_can_reach_is_refused(apply_fn, message):
+    with pytest.raises(ValueError, match=message):
+        with_arithmetic(apply_fn, {"*": "tf32"})(LAYERS, INPUTS)

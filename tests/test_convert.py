@@ -53,7 +53,7 @@ RESNET20 = shapes("resnet20")["params"]
 # Weights
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet9", "resnet18", "resnet20", "vgg11"])
+@pytest.mark.parametrize("name", MODELS)
 def test_state_dicts_round_trip_to_the_bit(name):
     state = numbered_state(name)
     back = to_torch(from_torch(state, shapes(name)))
@@ -109,20 +109,29 @@ def test_leaf_without_a_torch_name():
         to_torch({"params": {"conv1": {"gain": np.zeros(3)}}})
 
 
+def save_onnx(state: dict[str, np.ndarray], path) -> None:
+    """A graph's weights as an exporter leaves them, beside a constant of its own."""
+    onnx = pytest.importorskip("onnx")
+    given = {**state, "shape": np.array([1, -1])}
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in given.items()]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], initializers)), path)
+
+
 def save(state: dict[str, np.ndarray], path) -> None:
-    tensors = {key: torch.from_numpy(array) for key, array in state.items()}
     if path.suffix == ".npz":
         np.savez(path, **state)
     elif path.suffix == ".safetensors":
         safetensors.numpy.save_file(state, path)
+    elif path.suffix == ".onnx":
+        save_onnx(state, path)
     elif path.suffix == ".th":  # as a training script leaves it
-        tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
+        tensors = {f"module.{key}": torch.from_numpy(array) for key, array in state.items()}
         torch.save({"state_dict": tensors, "epoch": 3}, path)
     else:
-        torch.save(tensors, path)
+        torch.save({key: torch.from_numpy(array) for key, array in state.items()}, path)
 
 
-@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt", "pth", "th"])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt", "pth", "th", "onnx"])
 def test_files_hold_the_state_to_the_bit(suffix, tmp_path):
     state = numbered_state("resnet20")
     save(state, tmp_path / f"weights.{suffix}")
@@ -131,24 +140,26 @@ def test_files_hold_the_state_to_the_bit(suffix, tmp_path):
     assert all(loaded[key].tobytes() == array.tobytes() for key, array in state.items())
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "onnx"])
 def test_bfloat16_files(suffix, tmp_path):
     path = tmp_path / f"weights.{suffix}"
     if suffix == "pt":
         torch.save({"fc.bias": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}, path)
     else:
-        safetensors.numpy.save_file({"fc.bias": np.array([1.5, -2.0], jnp.bfloat16)}, path)
+        save({"fc.bias": np.array([1.5, -2.0], jnp.bfloat16)}, path)
     loaded = load_state(path)["fc.bias"]
     assert loaded.dtype == jnp.bfloat16
     assert loaded.tolist() == [1.5, -2.0]
 
 
-@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt", "onnx"])
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 torn"])
 def test_torn_and_foreign_files(suffix, content, tmp_path):
+    if suffix == "onnx":
+        pytest.importorskip("onnx")
     path = tmp_path / f"weights.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"weights\.{suffix}: not a"):
+    with pytest.raises(ValueError, match=rf"weights\.{suffix}: not an? "):
         load_state(path)
 
 
@@ -165,14 +176,38 @@ def test_pickled_objects_are_not_executed(tmp_path):
 
 
 def test_file_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown suffix, allowed are \.npz, \.safetensors, \.pt"):
-        load_state(tmp_path / "weights.onnx")
+    allowed = r"allowed are \.npz, \.safetensors, \.onnx, \.pt, \.pth, \.th"
+    with pytest.raises(ValueError, match=f"unknown suffix, {allowed}"):
+        load_state(tmp_path / "weights.h5")
     with pytest.raises(FileNotFoundError, match=r"absent\.npz: no such file"):
         load_state(tmp_path / "absent.npz")
     save(numbered_state("lenet"), tmp_path / "weights.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"weights\.pt: reading it needs PyTorch"):
         load_state(tmp_path / "weights.pt")
+    (tmp_path / "weights.onnx").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"weights\.onnx: reading it needs the package onnx"):
+        load_state(tmp_path / "weights.onnx")
+
+
+def test_an_onnx_file_with_folded_batch_norm_is_refused(tmp_path):
+    """PyTorch's default export multiplies BatchNorm into the kernels and keeps their names."""
+    state = {k: v for k, v in numbered_state("resnet20").items() if ".bn" not in f".{k}"}
+    save(state, tmp_path / "weights.onnx")
+    with pytest.raises(ValueError, match=r"the state lacks 76 of 97 names: bn1\.bias, "):
+        from_torch(load_state(tmp_path / "weights.onnx"), shapes("resnet20"))
+
+
+def test_onnx_weights_in_a_file_that_is_gone(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    save(numbered_state("resnet20"), tmp_path / "small.onnx")
+    path, model = tmp_path / "weights.onnx", onnx.load(tmp_path / "small.onnx")
+    onnx.save(model, path, save_as_external_data=True, location="weights.data", size_threshold=0)
+    assert load_state(path).keys() == numbered_state("resnet20").keys()
+    (tmp_path / "weights.data").unlink()
+    with pytest.raises(ValueError, match=r"weights\.onnx: not an \.onnx file with its weights: "):
+        load_state(path)
 
 
 # Fault lists

@@ -117,6 +117,23 @@ def test_agreement_has_the_fixed_columns(finished):
     }  # fmt: skip
 
 
+def test_intervals_has_every_part_for_all_images_and_for_those_got_right(finished):
+    rows = read(finished / "intervals.csv")
+    assert tuple(rows[0]) == agreement.INTERVAL_COLUMNS
+    parts = {(row["images"], row["layer"], row["bits"]): row for row in rows}
+    for images in ("all", "right"):
+        assert int(parts[images, "all", "all"]["num_faults"]) == len(SITES)
+        assert int(parts[images, "layer3", "all"]["num_faults"]) == 3
+        assert int(parts[images, "all", "30"]["num_faults"]) == 2
+    for row in read(finished / "agreement.csv"):
+        found = parts["all", row["layer"], row["bits"]]
+        assert row == {name: found[name] for name in agreement.AGREEMENT_COLUMNS}
+    for row in rows:
+        for name in ("masked", "critical"):
+            low, value, high = (float(row[f"{name}_{x}"]) for x in ("low", "measured", "high"))
+            assert 0 <= low <= value <= high <= 1
+
+
 def test_faults_has_both_outcomes(finished, reference):
     rows, published = read(finished / "faults.csv"), read(reference / "outcomes.csv")
     assert [int(row["row"]) for row in rows] == list(range(len(SITES)))
@@ -156,6 +173,7 @@ def test_the_same_again_continues_and_another_is_refused(finished, reference):
         ({"num_faults": 100}, "num_faults=100: allowed are 0 .all. to 8"),
         ({"num_images": 1000}, "num_images=1000: allowed are 0 .all. to 500"),
         ({"paths": "bn*"}, "paths=bn.: no fault there; .* in conv1/kernel, layer3/1/conv2/kernel"),
+        ({"bits": [2, 3]}, "bits=.2, 3.: no fault there; the list has faults in .0, 1, 11, 22,"),
         ({"mean": [0.5, 0.5, 0.5]}, "--mean has not 1 numbers"),
         ({"jpeg_quality": 90}, "images of 3 channels"),
     ],
@@ -201,13 +219,15 @@ def test_samples_are_nested_and_reach_every_stratum(reference):
     assert list(agreement.sample_rows(faults, 0, seed=1)) == list(range(len(SITES)))
 
 
-def test_paths_restrict_the_published_list(reference):
+def test_paths_and_bits_restrict_the_published_list(reference):
     subject = published_network.load_subject(settings(reference, reference))
     published = read_results(reference / "outcomes.csv", subject.params)
-    found = ground_truth.on_paths(published, "layer3/*")
+    found = ground_truth.restrict(published, "layer3/*", [])
     assert [site[0] for site in SITES[3:6]] == ["layer3.1.conv2"] * 2 + ["layer3.2.conv1"]
     assert found.faults == published.faults[3:6]
     np.testing.assert_array_equal(found.masked, published.masked[3:6])
+    found = ground_truth.restrict(published, "*", [11, 30])
+    assert found.faults == published.faults[[0, 4, 6]]
 
 
 def test_the_interval_covers_the_whole_list():

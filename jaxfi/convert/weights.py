@@ -71,16 +71,21 @@ def to_torch(
 
 
 def load_state(path: Path) -> dict[str, np.ndarray]:
-    """Reads a PyTorch state dict from .npz, .safetensors, .pt, .pth or .th; executes nothing in it.
+    """Reads a PyTorch state dict; executes nothing in the file.
 
-    From PyTorch's own files, a training checkpoint's `state_dict` is taken, and the `module.`
-    that DataParallel puts before every name is dropped.
+    Args:
+      path: .npz or .safetensors; .pt, .pth or .th, of which a training checkpoint's `state_dict` is
+        taken and the `module.` that DataParallel puts before every name is dropped; or .onnx, of
+        which the float initializers are taken. An export must have kept the parameters
+        (`torch.onnx.export(..., optimize=False)`): by default it folds BatchNorm into the
+        convolutions, so BatchNorm's names are missing, as `from_torch` says, and so are its words
+        in the memory of the device that runs the file.
 
     Raises FileNotFoundError; ValueError for another suffix or a file that is not a state dict of
-    arrays; ImportError for PyTorch's own files where PyTorch is not installed.
+    arrays; ImportError where PyTorch's own files need PyTorch, or .onnx the package onnx.
     """
     path = pathlib.Path(path)
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".onnx": _read_onnx}
     readers |= dict.fromkeys((".pt", ".pth", ".th"), _read_torch)
     if path.suffix not in readers:
         raise ValueError(f"{path}: unknown suffix, allowed are {', '.join(readers)}")
@@ -136,6 +141,25 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         name.removeprefix(prefix): _tensor_to_numpy(tensor.detach())
         for name, tensor in state.items()
     }
+
+
+def _read_onnx(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise ImportError(f"{path}: reading it needs the package onnx; pip install onnx") from None
+    try:
+        initializers = onnx.load(path).graph.initializer
+        arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in initializers}
+    except Exception as error:  # protobuf's and onnx's own kinds, also for weights in other files
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not an .onnx file with its weights: {reason}") from None
+    # Integers are shapes and indices of the graph.
+    state = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    if not state:  # protobuf takes an empty file for an empty model
+        raise ValueError(f"{path}: not an .onnx file with its weights: no initializer is a float")
+    return state
 
 
 def _tensor_to_numpy(tensor: Any) -> np.ndarray:
