@@ -1,8 +1,8 @@
 """How much of "masked" belongs to the accelerator? The same faults under several arithmetics.
 
 One network, one fault list with equally many faults of every bit position, the same images; all
-convolutions and matmuls multiply operands of float32, TF32, bfloat16. Writes arithmetic.csv and
-the figure masked_by_arithmetic (PDF, SVG, PNG).
+convolutions and matmuls multiply operands of float32, TF32, bfloat16. Writes arithmetic.csv (by bit
+position), arithmetic_classes.csv and the figure masked_by_arithmetic (PDF, SVG, PNG).
 
     python -m experiments.arithmetic --flagfile=experiments/flags/arithmetic.flags \\
         --weights=FILE.npz --workdir=runs/arithmetic
@@ -13,11 +13,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 
+from experiments.agreement import BIT_CLASSES
 from experiments.command import run_command, workdir_from
 from experiments.config import check_same_config, claim_workdir, parse_flags
 from experiments.published_network import (
@@ -29,15 +31,18 @@ from experiments.published_network import (
 )
 from jaxfi.campaign import Campaign, run_campaign
 from jaxfi.files import write_whole
+from jaxfi.outcomes import CRITICAL, MASKED, estimate_rate, shares
 from jaxfi.report.by_arithmetic import masked_beyond, masked_by_arithmetic
 from jaxfi.report.figures import save_figure
-from jaxfi.report.shares import shares_by_bit
 from jaxfi.sampling import sample_faults
 
 COLUMNS = (
-    "arithmetic", "bit", "num_faults", "masked", "masked_low", "masked_high", "masked_by_rounding",
-    "critical", "critical_low", "critical_high",
+    "arithmetic", "bits", "num_faults", "masked", "masked_low", "masked_high",
+    "by_rounding", "by_rounding_low", "by_rounding_high", "critical", "critical_low",
+    "critical_high", "pairs_critical_in_one",
 )  # fmt: skip
+BITS = {str(bit): (bit,) for bit in reversed(range(32))}
+CLASSES = {**BIT_CLASSES, "all": range(32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,39 +96,54 @@ def run(settings: Settings, workdir: Path) -> dict[str, Campaign]:
         )
         for name, apply_fn in networks.items()
     }
-    write_table(workdir / "arithmetic.csv", campaigns)
+    write_table(workdir / "arithmetic.csv", table_rows(campaigns, BITS))
+    write_table(workdir / "arithmetic_classes.csv", table_rows(campaigns, CLASSES))
     save_figure(masked_by_arithmetic(campaigns), workdir / "masked_by_arithmetic")
     print_summary(campaigns, subject.note)
     return campaigns
 
 
-def write_table(path: Path, campaigns: Mapping[str, Campaign]) -> None:
-    """Shares by arithmetic and bit position, fractions with intervals."""
+def table_rows(
+    campaigns: Mapping[str, Campaign], parts: Mapping[str, Sequence[int]]
+) -> Iterator[list]:
+    """The values of `COLUMNS` for each arithmetic and each part, which is some bit positions.
+
+    `by_rounding` is the share of pairs that the arithmetic masks and the first one does not;
+    `pairs_critical_in_one` counts those that are critical in one of the two.
+    """
+    first = next(iter(campaigns.values()))
+    for name, campaign in campaigns.items():
+        masked, critical = (shares(campaign.outcomes, code) for code in (MASKED, CRITICAL))
+        per_fault = (masked, masked_beyond(first, campaign), critical)
+        moved = (campaign.outcomes == CRITICAL) != (first.outcomes == CRITICAL)
+        for part, bits in parts.items():
+            rows = np.isin(campaign.faults.bit, bits)
+            if not rows.any():
+                continue
+            population = sum(campaign.faults.population_of(bit=bit) for bit in bits)
+            estimates = [
+                estimate_rate(numbers[rows], moved.shape[1], population) for numbers in per_fault
+            ]
+            yield [name, part, rows.sum(), *np.concatenate(estimates), moved[rows].sum()]
+
+
+def write_table(path: Path, rows: Iterable[list]) -> None:
+    """The rows under `COLUMNS`; shares are fractions."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    first = next(iter(campaigns.values()))
-    for name, campaign in campaigns.items():
-        beyond = masked_beyond(first, campaign)
-        for part in shares_by_bit(campaign):
-            by_rounding = beyond[campaign.faults.bit == int(part.name)].mean()
-            numbers = (*part.masked, by_rounding, *part.critical)
-            row = [f"{number:.6f}" for number in numbers]
-            writer.writerow([name, part.name, part.num_faults, *row])
+    writer.writerows([f"{x:.6f}" if isinstance(x, float) else x for x in row] for row in rows)
     write_whole(path, text.getvalue().encode())
 
 
 def print_summary(campaigns: Mapping[str, Campaign], note: str) -> None:
     """Accuracy and shares over all bits, per arithmetic."""
     first = next(iter(campaigns.values()))
-    for name, campaign in campaigns.items():
-        rates = campaign.rates()
-        beyond = masked_beyond(first, campaign).mean()
+    for name, _, _, *numbers, moved in table_rows(campaigns, {"all": CLASSES["all"]}):
+        texts = [f"{a:.4f} [{b:.4f}, {c:.4f}]" for a, b, c in np.reshape(numbers, (-1, 3))]
         print(
-            f"{name}: clean accuracy {campaign.clean_accuracy:.4f}, "
-            f"masked {rates.masked.value:.4f} [{rates.masked.low:.4f}, {rates.masked.high:.4f}], "
-            f"of which by rounding {beyond:.4f}, critical {rates.critical.value:.4f} "
-            f"[{rates.critical.low:.4f}, {rates.critical.high:.4f}]"
+            f"{name}: clean accuracy {campaigns[name].clean_accuracy:.4f}, masked {texts[0]}, "
+            f"of which by rounding {texts[1]}, critical {texts[2]}, {moved} pairs in one only"
         )
     print(f"{len(first.faults):,} faults x {len(first.labels):,} images; {note}")
 

@@ -100,7 +100,7 @@ def restrict(published: ResultTable, pattern: str, bits: Sequence[int]) -> Resul
         chosen &= np.isin(faults.bit, bits)
         if not chosen.any():
             raise ValueError(f"--bits={bits}: no fault there; the list has faults in {there}")
-    return ResultTable(*(column[chosen] for column in published))
+    return ResultTable(faults[chosen], *(counts[chosen] for counts in published[1:]))
 
 
 def run(settings: Settings, workdir: Path) -> list[Agreement]:

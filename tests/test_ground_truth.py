@@ -265,8 +265,20 @@ def test_arithmetics_on_one_fault_list(reference, tmp_path):
     assert {row["num_faults"] for row in rows} == {"2"}
     for row in rows[32:]:
         # 16 bits of mantissa less, and what is left of the word is rounded to nearest.
-        assert int(row["bit"]) > 14 or float(row["masked"]) == 1
+        assert int(row["bits"]) > 14 or float(row["masked"]) == 1
     assert campaigns["bfloat16"].rates().masked.value > campaigns["float32"].rates().masked.value
+    classes = {
+        (row["arithmetic"], row["bits"]): row for row in read(tmp_path / "arithmetic_classes.csv")
+    }
+    assert len(classes) == 2 * 6
+    whole, exact = (campaigns[name].outcomes for name in ("bfloat16", "float32"))
+    row = classes["bfloat16", "all"]
+    assert float(row["masked"]) == pytest.approx(np.mean(whole == 0), abs=1e-6)
+    beyond = np.mean((whole == 0) & (exact != 0))
+    assert float(row["by_rounding"]) == pytest.approx(beyond, abs=1e-6)
+    assert float(row["by_rounding_low"]) < beyond < float(row["by_rounding_high"])
+    assert int(row["pairs_critical_in_one"]) == np.sum((whole == 2) != (exact == 2))
+    assert int(classes["bfloat16", "12-22"]["num_faults"]) == 22
     for kind in ("pdf", "svg", "png"):
         assert (tmp_path / f"masked_by_arithmetic.{kind}").stat().st_size > 0
 
