@@ -231,6 +231,25 @@ def test_fault_lists_round_trip(sites, flat, tmp_path_factory):
     assert read_fault_list(path, LENET) == faults
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_fault_lists_and_results_of_every_network_round_trip(name, tmp_path):
+    """Faults in every leaf, parameters and running statistics."""
+    variables = shapes(name)
+    sites = [
+        (path, leaf.size - 1 - element, 31 - element)
+        for path, leaf in zip(leaf_paths(variables), jax.tree.leaves(variables), strict=True)
+        for element in range(min(leaf.size, 3))
+    ]
+    faults = FaultList.from_sites(sites, variables)
+    counts = np.arange(3 * len(faults)).reshape(3, -1)
+    results = ResultTable(faults, counts.sum(axis=0), *counts)
+    for flat in (False, True):
+        write_results(tmp_path / "a.csv", results, flat=flat)
+        back = read_results(tmp_path / "a.csv", variables)
+        assert back.faults == faults
+        np.testing.assert_array_equal(back[1:], results[1:])
+
+
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_fault_hits_the_element_that_torch_calls_so(data, tmp_path_factory):
@@ -314,11 +333,17 @@ def test_first_row_that_does_not_fit_is_named(row, message, tmp_path):
 
 def test_fault_list_errors(tmp_path):
     path = write(tmp_path / "a.csv", header="Injection,Layer,Bit")
-    with pytest.raises(ValueError, match=r"a\.csv: no column TensorIndex in"):
+    with pytest.raises(ValueError, match=r"a\.csv: line 1: no column TensorIndex in"):
         read_fault_list(path, LENET)
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"b\.csv: no column Injection"):
+    with pytest.raises(ValueError, match=r"b\.csv: line 1: no column Injection"):
         read_fault_list(tmp_path / "b.csv", LENET)
+    (tmp_path / "c.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"c\.csv: line 0: no column .* in \[\]"):
+        read_fault_list(tmp_path / "c.csv", LENET)
+    foreign = write(tmp_path / "d.csv", "0,conv1,5,3", "1,conv1," + "9" * 200_000)
+    with pytest.raises(ValueError, match=r"d\.csv: line 3: field larger than field limit"):
+        read_fault_list(foreign, LENET)
     with pytest.raises(ValueError, match=r"'zero' names no bit: allowed are bit-flip, stuck-at-0"):
         read_fault_list(path, LENET, model="zero")
 

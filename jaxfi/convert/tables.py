@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxfi.convert.layout import FLATTENED, to_torch_layout, torch_leaves, torch_name
+from jaxfi.convert.layout import (
+    FLATTENED,
+    from_torch_layout,
+    to_torch_layout,
+    torch_leaves,
+    torch_name,
+)
 from jaxfi.fault_list import FaultList
 from jaxfi.fault_sites import parse_index
 from jaxfi.faults import BIT_MODELS, FAULT_MODELS, word_bits
@@ -105,17 +111,19 @@ def write_results(
 
 
 def _read_rows(path: Path, columns: tuple[str, ...], parse: Callable) -> Iterator[Any]:
-    """`parse` of the named columns of every row; its ValueError is given the file and line."""
+    """`parse` of the named columns of every row; what is wrong is given the file and line."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file, restval="")
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)} in {reader.fieldnames}")
-        for row in reader:
-            try:
+        try:
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"no column {', '.join(missing)} in {reader.fieldnames or []}")
+            for row in reader:
                 yield parse(*(row[name] for name in columns))
-            except ValueError as error:
-                raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+        except csv.Error as error:  # in the line behind the last that was read
+            raise ValueError(f"{path}: line {reader.line_num + 1}: {error}") from None
 
 
 def _write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[tuple]) -> None:
@@ -189,9 +197,11 @@ def _site_texts(
     indices: list[Any] = [None] * len(faults)
     for number in np.unique(faults.leaf):
         rows = np.flatnonzero(faults.leaf == number)
-        positions = _positions(faults.paths[number], faults.shapes[number], flattened)
-        elements = np.argsort(positions, axis=None)[faults.element[rows]]
-        axes = [axis.tolist() for axis in np.unravel_index(elements, positions.shape)]
+        path, shape = faults.paths[number], faults.shapes[number]
+        there = to_torch_layout(path, np.empty(shape, bool), flattened).shape
+        places = np.arange(math.prod(shape)).reshape(there)
+        elements = from_torch_layout(path, places, flattened).ravel()[faults.element[rows]]
+        axes = [axis.tolist() for axis in np.unravel_index(elements, there)]
         tuples = zip(*axes, strict=True)
         for row, index in zip(rows, elements.tolist() if flat else tuples, strict=True):
             indices[row] = index
