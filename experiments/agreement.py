@@ -126,7 +126,9 @@ def measured_estimate(
 
     Two samples make it: of the list's faults, where what counts is how measured - published varies
     between faults, and of the images, where what counts is how an image's mean over faults varies.
-    Both errors vanish where everything was run. What is left beyond them is systematic.
+    Both errors vanish where everything was run. What is left beyond them is systematic. The images
+    count one (fault, image) pair more that happened and one that did not, half each: so an outcome
+    that was not seen has an interval too, unless every image was run.
 
     Args:
       happened: [F, N] bool, the outcome in question.
@@ -142,7 +144,8 @@ def measured_estimate(
     num_faults, num_images = happened.shape
     bessel = num_faults / max(num_faults - 1, 1)
     of_faults = bessel * np.sum((weights * residual) ** 2 * (1 - fault_coverage))
-    of_images = np.var(weights @ happened) / max(num_images - 1, 1) * max(1 - image_coverage, 0)
+    variance = np.var(weights @ happened) + np.max(weights) ** 2 / num_images
+    of_images = variance / max(num_images - 1, 1) * max(1 - image_coverage, 0)
     half = t * float(np.sqrt(of_faults + of_images))
     return Estimate(mean, max(mean - half, 0.0), min(mean + half, 1.0))
 

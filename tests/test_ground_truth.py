@@ -197,7 +197,7 @@ def test_a_foreign_outcome_file_names_the_line(reference, tmp_path):
     "texts, message",
     [
         (["--workdir=x"], "error: --weights is missing: give the reference file"),
-        ([], "error: --workdir is missing: give the folder for the results"),
+        (["--weights=x", "--outcomes=x"], "error: --workdir is missing: give the folder for"),
         (["--num_fault=3"], "error: Unknown command line flag 'num_fault'"),
     ],
 )
@@ -245,6 +245,14 @@ def test_the_interval_covers_the_whole_list():
         )
         inside += found.low <= published[rows].mean() <= found.high
     assert inside >= 180
+
+
+def test_what_was_not_seen_has_an_interval():
+    """A pair in 10,000, and 1,000 images without it: the interval must reach it."""
+    seen = np.zeros((1, 1000), bool)
+    found = agreement.measured_estimate(seen, np.array([1e-4]), np.ones(1), np.ones(1), 0.1)
+    assert found.low == 0
+    assert 1e-4 < found.high < 5 / 1000  # beyond it, 1,000 images would miss it in < 1 % of cases
 
 
 def test_the_interval_vanishes_where_all_was_run():
