@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ from rich.table import Table
 from jaxfi.campaign import Campaign
 from jaxfi.convert import ResultTable
 from jaxfi.fault_list import FaultList
-from jaxfi.files import write_whole
+from jaxfi.files import write_csv
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL, Estimate, shares
 
 BIT_CLASSES = {
@@ -211,7 +209,7 @@ def correlation(published: np.ndarray, measured: np.ndarray) -> float:
 
 def write_agreement(path: Path, agreements: Iterable[Agreement]) -> None:
     """The strata, in the columns of AGREEMENT_COLUMNS."""
-    _write_csv(path, AGREEMENT_COLUMNS, (
+    write_csv(path, AGREEMENT_COLUMNS, in_decimals(
         (found.layer, found.bits, found.num_faults,
          found.masked[0], found.masked[1].value, found.critical[0], found.critical[1].value)
         for found in agreements
@@ -221,7 +219,7 @@ def write_agreement(path: Path, agreements: Iterable[Agreement]) -> None:
 
 def write_intervals(path: Path, by_images: Mapping[str, Sequence[Agreement]]) -> None:
     """Every part of the table, with the intervals, for each set of images."""
-    _write_csv(path, INTERVAL_COLUMNS, (
+    write_csv(path, INTERVAL_COLUMNS, in_decimals(
         (images, found.layer, found.bits, found.num_faults,
          found.masked[0], *found.masked[1], found.critical[0], *found.critical[1])
         for images, agreements in by_images.items()
@@ -237,7 +235,7 @@ def write_faults(path: Path, published: ResultTable, rows: np.ndarray, campaign:
     header += [f"{name}_{source}" for source in ("published", "measured") for name in before]
     columns = [before[name][rows] for name in before] + list(after.values())
     due = campaign.due.mean(axis=1)
-    _write_csv(path, [*header, "due_measured"], (
+    write_csv(path, [*header, "due_measured"], in_decimals(
         (row, faults.paths[leaf], index, bit, *numbers)
         for row, leaf, index, bit, *numbers in zip(
             rows.tolist(), faults.leaf, faults.indices(), faults.bit.tolist(), *columns, due,
@@ -246,13 +244,10 @@ def write_faults(path: Path, published: ResultTable, rows: np.ndarray, campaign:
     ))  # fmt: skip
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+def in_decimals(rows: Iterable[Sequence]) -> Iterator[list]:
+    """The rows with six decimals for each float."""
     for row in rows:
-        writer.writerow([f"{x:.6f}" if isinstance(x, float) else x for x in row])
-    write_whole(path, text.getvalue().encode())
+        yield [f"{x:.6f}" if isinstance(x, float) else x for x in row]
 
 
 def print_agreement(title: str, agreements: Sequence[Agreement], console: Console) -> None:

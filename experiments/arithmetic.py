@@ -10,16 +10,14 @@ position), arithmetic_classes.csv and the figure masked_by_arithmetic (PDF, SVG,
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 
-from experiments.agreement import BIT_CLASSES
+from experiments.agreement import BIT_CLASSES, in_decimals
 from experiments.command import run_command, workdir_from
 from experiments.config import check_same_config, claim_workdir, parse_flags
 from experiments.published_network import (
@@ -30,7 +28,7 @@ from experiments.published_network import (
     load_subject,
 )
 from jaxfi.campaign import Campaign, run_campaign
-from jaxfi.files import write_whole
+from jaxfi.files import write_csv
 from jaxfi.outcomes import CRITICAL, MASKED, estimate_rate, shares
 from jaxfi.report.by_arithmetic import masked_beyond, masked_by_arithmetic
 from jaxfi.report.figures import save_figure
@@ -96,8 +94,9 @@ def run(settings: Settings, workdir: Path) -> dict[str, Campaign]:
         )
         for name, apply_fn in networks.items()
     }
-    write_table(workdir / "arithmetic.csv", table_rows(campaigns, BITS))
-    write_table(workdir / "arithmetic_classes.csv", table_rows(campaigns, CLASSES))
+    for name, parts in (("arithmetic", BITS), ("arithmetic_classes", CLASSES)):
+        rows = in_decimals(table_rows(campaigns, parts))
+        write_csv(workdir / f"{name}.csv", COLUMNS, rows)
     save_figure(masked_by_arithmetic(campaigns), workdir / "masked_by_arithmetic")
     print_summary(campaigns, subject.note)
     return campaigns
@@ -125,15 +124,6 @@ def table_rows(
                 estimate_rate(numbers[rows], moved.shape[1], population) for numbers in per_fault
             ]
             yield [name, part, rows.sum(), *np.concatenate(estimates), moved[rows].sum()]
-
-
-def write_table(path: Path, rows: Iterable[list]) -> None:
-    """The rows under `COLUMNS`; shares are fractions."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([f"{x:.6f}" if isinstance(x, float) else x for x in row] for row in rows)
-    write_whole(path, text.getvalue().encode())
 
 
 def print_summary(campaigns: Mapping[str, Campaign], note: str) -> None:

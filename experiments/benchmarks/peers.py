@@ -10,7 +10,6 @@ second, in one run. Peers that are not installed are left out (`pip install 'jax
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import io
 import time
@@ -36,7 +35,7 @@ from jaxfi.convert import FLATTENED, load_state, read_fault_list
 from jaxfi.convert.layout import to_torch_layout, torch_name
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import inject
-from jaxfi.files import write_whole
+from jaxfi.files import write_csv
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL
 from tests.torch_models import TORCH_MODELS
 
@@ -188,7 +187,7 @@ def write_runs(path: Path, runs: Sequence[Run], faults: FaultList) -> None:
     header += [f"{outcome}_{run.tool}" for run in runs for outcome in ("masked", "critical")]
     columns = [share_texts(run, code) for run in runs for code in (MASKED, CRITICAL)]
     sites = zip(faults.leaf, faults.indices(), faults.bit.tolist(), *columns, strict=True)
-    _write_csv(path, header, ((faults.paths[leaf], *rest) for leaf, *rest in sites))
+    write_csv(path, header, ((faults.paths[leaf], *rest) for leaf, *rest in sites))
 
 
 def share_texts(run: Run, code: int) -> list[str]:
@@ -196,14 +195,6 @@ def share_texts(run: Run, code: int) -> list[str]:
     shares = (run.outcomes == code).mean(axis=1)
     supported = run.outcomes[:, 0] != UNSUPPORTED
     return [f"{x:.6f}" if here else "" for x, here in zip(shares, supported, strict=True)]
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
 
 
 def summary(runs: Sequence[Run]) -> list[tuple]:
@@ -260,7 +251,7 @@ def report(runs: Sequence[Run], workdir: Path) -> None:
         ),
     }
     for name, (headings, rows) in tables.items():
-        _write_csv(workdir / f"{name}.csv", headings, rows)
+        write_csv(workdir / f"{name}.csv", headings, rows)
         print_table(name, headings, rows)
 
 
