@@ -89,23 +89,38 @@ def _results_sources(equation: core.JaxprEqn, operands: Sequence[Sources]) -> li
         branches = [through(body, inner["branches"]) for body in params["branches"]]
         return [NOTHING.union(*sources) for sources in zip(*branches, strict=True)]
     if name == "scan":
-        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-        stacked = through(params["jaxpr"], inner["jaxpr"])[params["num_carry"] :]
-        return [*inner["jaxpr"][first:last], *stacked]
+        first, num_carry = _scan_counts(equation)
+        stacked = through(params["jaxpr"], inner["jaxpr"])[num_carry:]
+        return [*inner["jaxpr"][first : first + num_carry], *stacked]
     for called, inputs in inner.items():
         return through(params[called], inputs)
     return [NOTHING.union(*operands)] * len(equation.outvars)
 
 
 def _inputs_of_scan(equation: core.JaxprEqn, operands: Sequence[Sources]) -> list[Sources]:
-    params = equation.params
-    num_carry, first = params["num_carry"], params["num_consts"]
-    consts, slices = operands[:first], operands[first + num_carry :]
+    first, num_carry = _scan_counts(equation)
+    body, consts, slices = equation.params["jaxpr"], operands[:first], operands[first + num_carry :]
     carry = _any_round(
-        lambda carry: through(params["jaxpr"], [*consts, *carry, *slices])[:num_carry],
+        lambda carry: through(body, [*consts, *carry, *slices])[:num_carry],
         operands[first : first + num_carry],
     )
     return [*consts, *carry, *slices]
+
+
+def _scan_counts(equation: core.JaxprEqn) -> tuple[int, int]:
+    """How many constants and carried values a scan has: they have no axis more than in its body.
+
+    JAX 0.10 and 0.11 keep these numbers in different parameters.
+    """
+    body = equation.params["jaxpr"]
+    inner = getattr(body, "jaxpr", body)
+
+    def unstacked(outside: Iterable[Value], inside: Iterable[Value]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(a.aval.ndim == b.aval.ndim for a, b in pairs)  # type: ignore[attr-defined]
+
+    num_carry = unstacked(equation.outvars, inner.outvars)
+    return unstacked(equation.invars, inner.invars) - num_carry, num_carry
 
 
 def _inputs_of_while(
