@@ -167,7 +167,7 @@ def check_same_config(config: Any, workdir: Path) -> None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         stored.keys()
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         message = f"{path} is not a configuration: delete it or take another --workdir"
         raise ValueError(message) from None
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists

@@ -5,45 +5,48 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxfi.checks import (
+    PRECISIONS,
+    check_choices,
+    checked_devices,
+    checked_images,
+    checked_memory,
+    in_batches,
+)
 from jaxfi.engine import ENGINES
-from jaxfi.explain import LeafCost, leaf_costs, least_memory, plan_text
+from jaxfi.explain import leaf_costs, plan_text
 from jaxfi.fault_list import FaultList
-from jaxfi.fault_sites import checked_integer
 from jaxfi.faults import PyTree
+from jaxfi.fingerprint import fingerprint
 from jaxfi.golden import Setup, golden_run, network_function
 from jaxfi.ledger import Ledger, MemoryLedger, open_directory
 from jaxfi.outcomes import (
     Rates,
     Results,
     accuracy,
-    checked_nan_policy,
     checked_population,
     estimate_rate,
     judge,
     per_fault_shares,
 )
-from jaxfi.slicing import ApplyFn, digest, trace_network
+from jaxfi.slicing import ApplyFn, trace_network
 from jaxfi.store import load
 from jaxfi.workers import NotReproducible, run_blocks, run_checked, split_blocks, start_workers
 
 __all__ = ["ENGINES", "PRECISIONS", "Campaign", "NotReproducible", "load_campaign", "run_campaign"]
 
-PRECISIONS = ("highest", "high", "default")
-_FAULTS_PER_BLOCK = 2048  # saved together; the results do not depend on it
+FAULTS_PER_BLOCK = 2048  # saved together; the results do not depend on it
 _LOOK_EVERY = 0.5  # seconds between two looks at what the other processes have finished
 
 
@@ -160,33 +163,27 @@ def run_campaign(
     >>> result.outcomes.tolist()
     [[2, 1], [0, 0]]
     """
-    _check_choices(engine, precision, nan, seed)
-    images, labels = _checked_images(images, labels)
-    batches = _batched(images, batch_size)
+    check_choices(engine, precision, nan, seed)
+    images, labels = checked_images(images, labels)
+    batches = in_batches(images, batch_size)
     faults.check_injectable(params)
-    devices = _checked_devices(devices, workdir)
+    devices = checked_devices(devices, workdir)
     with jax.default_matmul_precision(precision), jax.default_device(devices[0]):
-        shape = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
-        network = trace_network(apply_fn, params, shape)
-        params = jax.tree.map(jnp.asarray, params)
-        activated = faults.activated(params)
+        batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
+        network = trace_network(apply_fn, params, batch)
         costs = leaf_costs(network, faults) if engine == "fast" else []
-        memory = _checked_memory(memory_budget, devices, faults, len(images), costs)
-        function = network_function(network, apply_fn)
+        num_kept = len(images) * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
+        memory = checked_memory(memory_budget, devices, num_kept, costs)
+        params, function = jax.tree.map(jnp.asarray, params), network_function(network, apply_fn)
         golden, speed = golden_run(function, params, batches, len(images))
         setup = Setup(network, function, params, batches, labels, golden, nan, memory)
-        provenance = {
-            **_fingerprint(setup, images, devices[0]),
-            "engine": engine,
-            "precision": precision,
-            "seed": seed,
-            "num_not_activated": int(np.count_nonzero(~activated)),
-        }
-        with _open_ledger(workdir, provenance, faults, setup, activated) as ledger:
+        work = _Work(setup, faults, faults.activated(params), engine, seed, devices)
+        provenance = _provenance(work, precision)
+        with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
                 plan = plan_text(costs, len(images), len(batches), memory, speed)
                 print(plan, file=sys.stderr)
-            _run_unfinished(ledger, setup, engine, devices, faults, activated, seed, progress)
+            _run_unfinished(ledger, work, progress)
             results = ledger.results()
     return Campaign(faults, *results, golden, labels, provenance)
 
@@ -201,58 +198,72 @@ def load_campaign(directory: str | os.PathLike) -> Campaign:
     return Campaign(stored.faults, *stored.results, golden, labels, stored.fingerprint)
 
 
+class _Work(NamedTuple):
+    """What a campaign runs, and where; faults that are not `activated` [F] need no run."""
+
+    setup: Setup
+    faults: FaultList
+    activated: np.ndarray
+    engine: str
+    seed: int
+    devices: Sequence[jax.Device]
+
+    def blocks(self) -> list[np.ndarray]:
+        """Of all faults, not only the unfinished: every process must see the same blocks."""
+        num_workers = len(self.devices) * jax.process_count()
+        rows = np.flatnonzero(self.activated)
+        return split_blocks(self.faults, rows, FAULTS_PER_BLOCK, num_workers)
+
+    def masked(self) -> Results:
+        """One fault's, if it changes nothing: golden's own."""
+        golden, labels = self.setup.golden, self.setup.labels
+        verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, self.setup.nan))
+        correct = np.array([verdict.correct.sum()], np.int32)
+        return Results(verdict.outcome[None], verdict.due[None], correct)
+
+
+def _provenance(work: _Work, precision: str) -> dict[str, Any]:
+    return {
+        **fingerprint(work.setup, work.devices[0]),
+        "engine": work.engine,
+        "precision": precision,
+        "seed": work.seed,
+        "num_not_activated": int(np.count_nonzero(~work.activated)),
+    }
+
+
 @contextlib.contextmanager
 def _open_ledger(
-    workdir: str | os.PathLike | None,
-    provenance: dict[str, Any],
-    faults: FaultList,
-    setup: Setup,
-    activated: np.ndarray,
+    workdir: str | os.PathLike | None, provenance: dict[str, Any], work: _Work
 ) -> Iterator[Ledger]:
     """What is finished; faults that are not activated are from the start, with golden's results."""
-    golden, labels = setup.golden, setup.labels
-    verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, setup.nan))
-    correct = np.array([verdict.correct.sum()], np.int32)
-    masked = Results(verdict.outcome[None], verdict.due[None], correct)
     if workdir is None:
-        yield MemoryLedger(masked, activated)
+        yield MemoryLedger(work.masked(), work.activated)
         return
     with open_directory(
         workdir,
         provenance,
-        faults,
-        faults.values(setup.params),
-        {"golden": golden, "labels": labels},
+        work.faults,
+        work.faults.values(work.setup.params),
+        {"golden": work.setup.golden, "labels": work.setup.labels},
         process_index=jax.process_index(),
         num_processes=jax.process_count(),
     ) as ledger:
-        ledger.begin(masked, activated)
+        ledger.begin(work.masked(), work.activated)
         yield ledger
 
 
-def _run_unfinished(
-    ledger: Ledger,
-    setup: Setup,
-    engine: str,
-    devices: Sequence[jax.Device],
-    faults: FaultList,
-    activated: np.ndarray,
-    seed: int,
-    progress: bool,
-) -> None:
+def _run_unfinished(ledger: Ledger, work: _Work, progress: bool) -> None:
     """Runs blocks until none is unfinished, whoever finishes them."""
-    # Of all faults, not only the unfinished: every process must see the same blocks.
-    num_workers = len(devices) * jax.process_count()
-    blocks = split_blocks(faults, np.flatnonzero(activated), _FAULTS_PER_BLOCK, num_workers)
-    run_block = functools.partial(run_checked, faults=faults, seed=seed)
     unfinished = ledger.unfinished()
     if not unfinished.any():
         return
-    workers = start_workers(setup, engine, devices)
-    with _bar(np.count_nonzero(unfinished) * setup.num_images, progress) as advance:
+    workers = start_workers(work.setup, work.engine, work.devices)
+    run_block = functools.partial(run_checked, faults=work.faults, seed=work.seed)
+    with _bar(np.count_nonzero(unfinished) * work.setup.num_images, progress) as advance:
         while True:
-            blocks_here = ledger.unclaimed(blocks)
-            for rows, results in run_blocks(workers, blocks_here, run_block, advance):
+            blocks = ledger.unclaimed(work.blocks())
+            for rows, results in run_blocks(workers, blocks, run_block, advance):
                 ledger.write(rows, results)
             if not ledger.unfinished().any():
                 return
@@ -263,101 +274,3 @@ def _run_unfinished(
 def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
     with tqdm(total=total, unit=" outcomes", unit_scale=True, disable=not progress) as bar:
         yield lambda count: bar.update(min(count, total - bar.n)) and None
-
-
-def _check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}: allowed are {', '.join(ENGINES)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
-    checked_nan_policy(nan)
-    checked_integer("seed", seed, 0)
-
-
-def _checked_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = np.asarray(images), np.asarray(labels)
-    if images.ndim < 1 or not len(images):
-        raise ValueError(f"images have shape {images.shape}: allowed is [N, ...] with N >= 1")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels have shape {labels.shape}: allowed is {images.shape[:1]}")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"labels have dtype {labels.dtype}: allowed are integers")
-    if images.dtype == np.float64 and not jax.config.jax_enable_x64:
-        images = images.astype(np.float32)
-    return images, labels.astype(np.int32)
-
-
-def _batched(images: np.ndarray, batch_size: int) -> np.ndarray:
-    batch_size = min(checked_integer("batch_size", batch_size, 1), len(images))
-    padding = -len(images) % batch_size
-    padded = np.concatenate([images, np.repeat(images[:1], padding, axis=0)])
-    return padded.reshape(-1, batch_size, *images.shape[1:])
-
-
-def _checked_devices(
-    devices: Sequence[jax.Device] | None, workdir: str | os.PathLike | None
-) -> tuple[jax.Device, ...]:
-    local = jax.local_devices()
-    devices = tuple(devices or (local[:1] if local[0].platform == "cpu" else local))
-    kinds = sorted({f"{device.platform} {device.device_kind}" for device in devices})
-    if len(kinds) > 1:
-        raise ValueError(f"devices are {' and '.join(kinds)}: allowed is one kind, for equal bits")
-    if any(device.process_index != jax.process_index() for device in devices):
-        raise ValueError("devices are another process's: allowed are jax.local_devices()")
-    if jax.process_count() > 1 and workdir is None:
-        raise ValueError(f"{jax.process_count()} processes need a workdir: they share work there")
-    return devices
-
-
-def _checked_memory(
-    budget: int | None,
-    devices: Sequence[jax.Device],
-    faults: FaultList,
-    num_images: int,
-    costs: list[LeafCost],
-) -> int:
-    """Bytes for golden values and working space of each device."""
-    # Outcomes and DUEs are kept on the host, a byte each: all, and one block's.
-    kept = 2 * num_images * (len(faults) + min(len(faults), _FAULTS_PER_BLOCK))
-    kept = kept // len(devices) if devices[0].platform == "cpu" else 0
-    memory = (_default_budget(devices) if budget is None else budget) - kept
-    if memory < (least := least_memory(costs)):
-        raise ValueError(
-            f"memory_budget {memory + kept:,} bytes is too small for one batch of images: allowed "
-            f"is {least + kept:,} or more, or a smaller batch_size"
-        )
-    return memory
-
-
-def _default_budget(devices: Sequence[jax.Device]) -> int:
-    """Bytes of each device; CPU devices share the machine's memory."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
-    return int(0.7 * (devices[0].memory_stats() or {}).get("bytes_limit", machine))
-
-
-def _fingerprint(setup: Setup, images: np.ndarray, device: jax.Device) -> dict[str, Any]:
-    """What decides the outcomes' bits. NumPy's version does not: it only draws the faults, which
-    are compared themselves, and moves bits."""
-    return {
-        "params_sha256": _hash(*jax.tree.leaves(setup.params)),
-        "images_sha256": _hash(images),
-        "labels_sha256": _hash(setup.labels),
-        "network_sha256": digest(setup.network),
-        "batch_size": setup.batch_size,
-        "nan": setup.nan,
-        "jaxfi": metadata.version("jaxfi"),
-        "jax": jax.__version__,
-        "jaxlib": metadata.version("jaxlib"),
-        "x64": bool(jax.config.jax_enable_x64),
-        "backend": device.platform,
-        "device": device.device_kind,
-        "machine": platform.machine(),
-    }
-
-
-def _hash(*arrays: Any) -> str:
-    digest = hashlib.sha256()
-    for array in map(np.asarray, arrays):
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

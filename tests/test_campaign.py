@@ -65,7 +65,7 @@ def interrupt_after(monkeypatch, blocks: int) -> list[int]:
         ran.append(len(rows))
         return run_block(worker, rows, advance, **rest)
 
-    monkeypatch.setattr(campaign, "_FAULTS_PER_BLOCK", 4)
+    monkeypatch.setattr(campaign, "FAULTS_PER_BLOCK", 4)
     monkeypatch.setattr(campaign, "run_checked", counted)
     return ran
 
@@ -94,7 +94,7 @@ def test_interrupted_campaign_continues_where_it_was(tmp_path, monkeypatch, engi
 
 def test_stopping_in_the_progress_callback_loses_no_finished_block(tmp_path, monkeypatch) -> None:
     settings = arguments()
-    monkeypatch.setattr(campaign, "_FAULTS_PER_BLOCK", 4)
+    monkeypatch.setattr(campaign, "FAULTS_PER_BLOCK", 4)
     calls = []
 
     class Bar:
@@ -128,7 +128,7 @@ from experiments.stopping import stop_soon
 stop_soon("stopped")
 from jaxfi import campaign, run_campaign
 from tests.test_campaign import arguments
-campaign._FAULTS_PER_BLOCK = 4
+campaign.FAULTS_PER_BLOCK = 4
 run_block = campaign.run_checked
 def told(*given, **named):
     print("block", flush=True)

@@ -27,7 +27,7 @@ directory, pause, coordinator, *which = sys.argv[1:]
 join_job(coordinator, *map(int, which))
 from jaxfi import campaign, run_campaign
 from tests.test_campaign import arguments
-campaign._FAULTS_PER_BLOCK = 4
+campaign.FAULTS_PER_BLOCK = 4
 run_block = campaign.run_checked
 def slow_block(*given, **named):
     print("block", flush=True)

@@ -75,7 +75,7 @@ def test_outcomes_do_not_depend_on_order_company_memory_or_block(monkeypatch) ->
     least = int(re.search(r"is ([\d,]+) or more", str(e.value))[1].replace(",", ""))
     assert_same(whole, run(model, faults, memory_budget=least))
     assert_same(whole, run(model, faults, seed=7))
-    monkeypatch.setattr(campaign, "_FAULTS_PER_BLOCK", 3)
+    monkeypatch.setattr(campaign, "FAULTS_PER_BLOCK", 3)
     assert_same(whole, run(model, faults))
 
 
@@ -201,7 +201,7 @@ def test_user_function_is_traced_a_bounded_number_of_times(engine: str) -> None:
 def test_programs_are_compiled_per_leaf_not_per_fault(monkeypatch) -> None:
     model = plain_conv()
     faults = faults_in_every_leaf(model[1])
-    monkeypatch.setattr(campaign, "_FAULTS_PER_BLOCK", 4)
+    monkeypatch.setattr(campaign, "FAULTS_PER_BLOCK", 4)
     compiled = []
     listener = jax.monitoring.register_event_duration_secs_listener
     listener(lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None)

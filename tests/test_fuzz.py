@@ -6,7 +6,9 @@ inputs through each reader.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +25,14 @@ from experiments.config import check_same_config, config_from_flags, define_flag
 from jaxfi.checkpoint import load_checkpoint, save_checkpoint
 from jaxfi.chunks import decode_chunk, encode_chunk
 from jaxfi.convert import load_state, read_fault_list, read_results
+from jaxfi.description import (
+    CAMPAIGN_FILE,
+    LIST_COLUMNS,
+    describe,
+    read_description,
+    read_faults,
+    signed,
+)
 from jaxfi.fault_list import FaultList
 from jaxfi.files import content_hash, read_npz, to_npz
 from jaxfi.outcomes import Results
@@ -94,6 +104,18 @@ def config_content() -> bytes:
     return b'{"dataset": "digits", "epochs": 3, "alpha": 0.1, "augment": false, "seed": null}'
 
 
+def list_file() -> bytes:
+    columns = {name: getattr(FAULTS, name) for name in LIST_COLUMNS}
+    before, after = FAULTS.values(PARAMS)
+    return to_npz({**columns, "before": before, "after": after})
+
+
+def description_content() -> bytes:
+    return json.dumps(
+        describe({"seed": 3, "precision": "highest"}, FAULTS, 9, list_file())
+    ).encode()
+
+
 def read_stored(path: Path, content: bytes) -> object:
     named = path.with_name(f"faults-{content_hash(content)}.npz")  # its name promises what it holds
     path.rename(named)
@@ -120,6 +142,16 @@ def read_config(path: Path, content: bytes) -> object:
     return check_same_config(SMALL, path.parent)
 
 
+def read_campaign(path: Path, content: bytes) -> object:
+    """Beside its fault list, and with the checksum that fits, where it is JSON."""
+    (path.parent / LIST_FILE).write_bytes(list_file())
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        content = json.dumps(signed(json.loads(content))).encode()
+    path.with_name(CAMPAIGN_FILE).write_bytes(content)
+    return read_faults(path.parent, read_description(path.parent))
+
+
+LIST_FILE = f"faults-{content_hash(list_file())}.npz"
 READERS: dict[str, tuple[Callable[[], bytes], str, Reader]] = {
     "fault list": (csv_content, "a.csv", lambda path, _: FaultList.from_csv(path, PARAMS)),
     "field's fault list": (list_content, "b.csv", lambda path, _: read_fault_list(path, NETWORK)),
@@ -131,12 +163,15 @@ READERS: dict[str, tuple[Callable[[], bytes], str, Reader]] = {
     "stored arrays": (stored_content, "h.npz", read_stored),
     "flagfile": (flags_content, "i.flags", read_flags),
     "config": (config_content, "j.json", read_config),
+    "description": (description_content, CAMPAIGN_FILE, read_campaign),
 }
+OWN_FILES = {"config.json", LIST_FILE}  # what the tests themselves make beside
 
 # An edit: where, how many bytes go, what comes in their place.
 EDIT = st.tuples(st.floats(0, 1), st.integers(0, 12), st.binary(max_size=12))
 TEXTS = st.sampled_from([b'"', b",", b"\n", b"\x00", b"-1", b"99999999999999999999", b"1e400",
-                         b"nan", b"(", b"--", b"=", b"../", b"{", b"\xff\xfe", b"PK"])  # fmt: skip
+                         b"nan", b"(", b"--", b"=", b"../", b"{", b"\xff\xfe", b"PK",
+                         b"[" * 200_000])  # fmt: skip
 PLANTED = st.tuples(st.floats(0, 1), st.integers(0, 4), TEXTS)
 EDITS = st.lists(EDIT | PLANTED, min_size=1, max_size=4)
 
@@ -171,7 +206,7 @@ def test_any_bytes_are_read_or_refused(
         read(path, content)
     except (ValueError, OSError) as error:
         assert str(error)  # noqa: PT017
-    assert {p.name for p in tmp_path.iterdir()} <= {file_name, "config.json"}
+    assert {p.name for p in tmp_path.iterdir()} <= {file_name, *OWN_FILES}
 
 
 @pytest.fixture(scope="module")

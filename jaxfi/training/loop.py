@@ -330,7 +330,7 @@ def _claim(folder: Path, dataset: Dataset, config: TrainConfig) -> dict[str, Any
         settings = json.loads(path.read_text(encoding="utf-8"))
         # What a training of an older jaxfi could not set had its default.
         stored = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | settings["config"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged or foreign: use another folder") from None
     for name in wanted | stored:
         if wanted.get(name) != stored.get(name):
