@@ -30,7 +30,7 @@ from experiments.config import (
     parse_flags,
 )
 from experiments.job import define_job_flags, join_from_flags, require_trained
-from jaxfi.campaign import Campaign, run_campaign
+from jaxfi.campaign import Campaign, load_campaign, run_campaign
 from jaxfi.data import Dataset, load_dataset, normalise
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
@@ -60,16 +60,16 @@ def run(config: Config, workdir: Path, *, train_only: bool = False) -> list[tabl
     faults = list_faults(config, variables["params"])
     claim_workdir(config, workdir)
     keep_fault_list(faults, variables["params"], workdir / "faults.csv")
-    campaigns = {}
+    folders = {loss: workdir / "campaigns" / loss for loss in LOSSES}
     for loss, alpha in zip(LOSSES, (0.0, config.alpha), strict=True):
         folder = workdir / "networks" / loss
         require_trained(folder, config.epochs)
         trained = train_network(config, alpha, module, variables, dataset, folder)
         if not train_only:
-            folder = workdir / "campaigns" / loss
-            campaigns[loss] = inject_faults(config, module, trained, faults, dataset, folder)
+            inject_faults(config, module, trained, faults, dataset, folders[loss])
     if train_only or jax.process_index() > 0:
         return []
+    campaigns = {loss: load_campaign(folder) for loss, folder in folders.items()}
     return write_report(config, campaigns, layer_order(module, dataset), workdir)
 
 
@@ -153,11 +153,11 @@ def inject_faults(
     faults: FaultList,
     dataset: Dataset,
     folder: Path,
-) -> Campaign:
+) -> None:
     """Every fault on the first `num_images` test images, continued if `folder` has a part of it."""
     num_images = config.num_images or len(dataset.test_labels)
     images = normalise(dataset.test_images[:num_images], dataset.mean, dataset.std)
-    return run_campaign(
+    run_campaign(
         evaluation_function(module, variables),
         variables["params"],
         faults,

@@ -86,7 +86,10 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
-        rows = list(reader)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path} is damaged: line {reader.line_num}: {error}") from None
     if tuple(reader.fieldnames or ()) != tuple(columns):
         raise ValueError(f"{path} has the columns {reader.fieldnames}: allowed are {[*columns]}")
     if any(None in row or None in row.values() for row in rows):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
+import subprocess
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +15,8 @@ import numpy as np
 
 from jaxfi.golden import Setup
 from jaxfi.slicing import digest
+
+_SOURCES = ":(glob)*.py"  # the core; what models, training and reports do is no campaign's matter
 
 
 def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
@@ -29,6 +34,7 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
         "batch_size": setup.batch_size,
         "nan": setup.nan,
         "jaxfi": metadata.version("jaxfi"),
+        "commit": commit(Path(__file__).parent),
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
         "x64": bool(jax.config.jax_enable_x64),
@@ -36,6 +42,26 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
         "device": device.device_kind,
         "machine": platform.machine(),
     }
+
+
+@functools.cache
+def commit(folder: Path) -> str | None:
+    """The commit that last changed the Python files in `folder`, and a hash of later edits.
+
+    None where git knows of none, as of an installed package.
+    """
+    try:
+        last = _git(folder, "log", "-1", "--format=%H", "--", _SOURCES)
+        edited = _git(folder, "diff", "--no-ext-diff", "HEAD", "--", _SOURCES)
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository
+        return None
+    changes = f"+{hashlib.sha256(edited).hexdigest()[:8]}" if edited else ""
+    return last.decode().strip() + changes or None
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True).stdout
 
 
 def _hash(*arrays: Any) -> str:

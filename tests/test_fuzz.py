@@ -167,19 +167,21 @@ READERS: dict[str, tuple[Callable[[], bytes], str, Reader]] = {
 }
 OWN_FILES = {"config.json", LIST_FILE}  # what the tests themselves make beside
 
-# An edit: where, how many bytes go, what comes in their place.
-EDIT = st.tuples(st.floats(0, 1), st.integers(0, 12), st.binary(max_size=12))
-TEXTS = st.sampled_from([b'"', b",", b"\n", b"\x00", b"-1", b"99999999999999999999", b"1e400",
-                         b"nan", b"(", b"--", b"=", b"../", b"{", b"\xff\xfe", b"PK",
-                         b"[" * 200_000])  # fmt: skip
-PLANTED = st.tuples(st.floats(0, 1), st.integers(0, 4), TEXTS)
-EDITS = st.lists(EDIT | PLANTED, min_size=1, max_size=4)
+# An edit: where, how many bytes go, what comes in their place, how often.
+PLACES, ONCE = st.floats(0, 1), st.just(1)
+BYTES = st.tuples(PLACES, st.integers(0, 12), st.binary(max_size=12), ONCE)
+TEXTS = st.sampled_from([
+    b'"', b",", b"\n", b"\x00", b"-1", b"99999999999999999999", b"1e400", b"nan", b"(", b"--", b"=",
+    b"../", b"{", b"[", b"\xff\xfe", b"PK",
+])  # fmt: skip
+PLANTED = st.tuples(PLACES, st.integers(0, 4), TEXTS, ONCE | st.sampled_from([1, 1, 1, 200_000]))
+EDITS = st.lists(BYTES | PLANTED, min_size=1, max_size=4)
 
 
-def edited(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
-    for place, length, new in edits:
+def edited(content: bytes, edits: list[tuple[float, int, bytes, int]]) -> bytes:
+    for place, length, new, times in edits:
         start = int(place * len(content))
-        content = content[:start] + new + content[start + length :]
+        content = content[:start] + times * new + content[start + length :]
     return content
 
 
