@@ -260,7 +260,7 @@ def _run_unfinished(ledger: Ledger, work: _Work, progress: bool) -> None:
         return
     workers = start_workers(work.setup, work.engine, work.devices)
     run_block = functools.partial(run_checked, faults=work.faults, seed=work.seed)
-    with _bar(np.count_nonzero(unfinished) * work.setup.num_images, progress) as advance:
+    with _bar(int(unfinished.sum()) * work.setup.num_images, progress) as advance:
         while True:
             blocks = ledger.unclaimed(work.blocks())
             for rows, results in run_blocks(workers, blocks, run_block, advance):

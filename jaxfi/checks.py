@@ -36,7 +36,7 @@ def checked_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"labels have shape {labels.shape}: allowed is {images.shape[:1]}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"labels have dtype {labels.dtype}: allowed are integers")
-    if images.dtype == np.float64 and not jax.config.jax_enable_x64:
+    if images.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         images = images.astype(np.float32)
     return images, labels.astype(np.int32)
 
@@ -66,7 +66,7 @@ def checked_devices(
 
 
 def checked_memory(
-    budget: int | None, devices: Sequence[jax.Device], num_kept: int, costs: Sequence[LeafCost]
+    budget: int | None, devices: Sequence[jax.Device], num_kept: int, costs: list[LeafCost]
 ) -> int:
     """Bytes for golden values and working space of each device.
 

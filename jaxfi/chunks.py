@@ -18,6 +18,8 @@ Each plane is padded with zeros to whole bytes.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +27,7 @@ import pyarrow.parquet as pq
 
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import BIT_MODELS, FAULT_MODELS
-from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL, Results
+from jaxfi.outcomes import CRITICAL
 
 SCHEMA = pa.schema(
     [
@@ -47,6 +49,23 @@ SCHEMA = pa.schema(
 )
 
 
+_BYTES_AT_ONCE = 2**20  # of unpacked outcomes: a processor's cache holds them
+
+
+class Chunk(NamedTuple):
+    """Results of k faults as a file holds them.
+
+    Attributes:
+      rows: [k] integers, positions in the campaign's fault list.
+      packed: [k, packed_bytes(N)] uint8, what `pack_outcomes` made.
+      correct: [k] integers, images whose faulty prediction is the label.
+    """
+
+    rows: np.ndarray
+    packed: np.ndarray
+    correct: np.ndarray
+
+
 def packed_bytes(num_images: int) -> int:
     """Bytes that one fault's outcomes take when packed."""
     return 3 * -(-num_images // 8)
@@ -54,8 +73,12 @@ def packed_bytes(num_images: int) -> int:
 
 def pack_outcomes(outcomes: np.ndarray, due: np.ndarray) -> np.ndarray:
     """[F, N] outcomes and DUEs as [F, 3 * ceil(N / 8)] uint8: planes changed, critical, DUE."""
-    planes = [outcomes != MASKED, outcomes == CRITICAL, due]
-    return np.concatenate([np.packbits(p, axis=1, bitorder="little") for p in planes], axis=1)
+    num_faults, num_images = outcomes.shape
+    packed = np.empty((num_faults, packed_bytes(num_images)), np.uint8)
+    for some in _few_at_a_time(np.arange(num_faults), num_images):
+        planes = outcomes[some], outcomes[some] == CRITICAL, due[some]
+        packed[some] = np.hstack([np.packbits(p, axis=1, bitorder="little") for p in planes])
+    return packed
 
 
 def unpack_outcomes(packed: np.ndarray, num_images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,44 +88,54 @@ def unpack_outcomes(packed: np.ndarray, num_images: int) -> tuple[np.ndarray, np
     >>> unpack_outcomes(pack_outcomes(outcomes, outcomes == 2), 3)[0]
     array([[0, 1, 2]], dtype=uint8)
     """
-    changed, critical, due = (
-        np.unpackbits(plane, axis=1, count=num_images, bitorder="little")
-        for plane in np.split(packed, 3, axis=1)
-    )
-    return changed + critical, due.astype(bool)
+    changed, critical, due = _planes(packed)
+    found = np.zeros((2, len(packed), num_images), np.uint8)
+    # Where nothing is set, memory that nobody has written to is 0 and costs nothing.
+    for plane, numbers in ((changed, found[0]), (critical, found[0]), (due, found[1])):
+        for some in _few_at_a_time(np.flatnonzero(plane.any(axis=1)), num_images):
+            bits = np.unpackbits(plane[some], axis=1, count=num_images, bitorder="little")
+            numbers[some] += bits
+    return found[0], found[1].view(bool)
+
+
+def _few_at_a_time(rows: np.ndarray, num_images: int) -> Iterator[np.ndarray]:
+    size = max(1, _BYTES_AT_ONCE // num_images)
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _planes(packed: np.ndarray) -> list[np.ndarray]:
+    return np.split(packed, 3, axis=1)
 
 
 def encode_chunk(
-    rows: np.ndarray,
+    chunk: Chunk,
     faults: FaultList,
     values: tuple[np.ndarray, np.ndarray],
-    results: Results,
+    num_images: int,
     campaign: str,
 ) -> bytes:
     """A chunk as the bytes of a Parquet file.
 
     Args:
-      rows: [k] positions in the campaign's fault list.
-      faults, values, results: of these rows; values are the parameters' before and after.
+      faults, values: of its rows; values are the parameters' before and after.
+      num_images: N, images per fault.
       campaign: which campaign it is of; kept in the file's metadata.
     """
-    outcomes, due, correct = results
     names = np.array(FAULT_MODELS)[faults.model]
-    packed = pack_outcomes(outcomes, due)
     columns = [
-        rows,
+        chunk.rows,
         [faults.paths[leaf] for leaf in faults.leaf],
         [str(index) for index in faults.indices()],
         faults.element,
         pa.array(faults.bit, mask=~np.isin(names, BIT_MODELS)),
         names.tolist(),
         *values,
-        *_counts(outcomes, due),
-        correct,
-        [row.tobytes() for row in packed],
+        *_counts(chunk.packed, num_images),
+        chunk.correct,
+        [row.tobytes() for row in chunk.packed],
     ]
     arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-    metadata = {"jaxfi.campaign": campaign, "jaxfi.images": str(outcomes.shape[1])}
+    metadata = {"jaxfi.campaign": campaign, "jaxfi.images": str(num_images)}
     buffer = io.BytesIO()
     pq.write_table(
         pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata)),
@@ -115,10 +148,8 @@ def encode_chunk(
     return buffer.getvalue()
 
 
-def decode_chunk(
-    content: bytes, num_faults: int, num_images: int, campaign: str
-) -> tuple[np.ndarray, Results]:
-    """The rows and results of `encode_chunk`. ValueError saying why, if it is anything else."""
+def decode_chunk(content: bytes, num_faults: int, num_images: int, campaign: str) -> Chunk:
+    """What `encode_chunk` was given. ValueError saying why, if it is anything else."""
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         metadata = file.schema_arrow.metadata or {}
@@ -126,26 +157,35 @@ def decode_chunk(
             raise ValueError("it is of another campaign")
         if not file.schema_arrow.equals(SCHEMA):
             raise ValueError("it has other columns")
+        if file.metadata.num_rows > num_faults:
+            raise ValueError("it holds more faults than the list")
         table = file.read()
         table.validate(full=True)
     except (pa.ArrowException, OSError, MemoryError) as error:
         raise ValueError(f"it is no Parquet file: {str(error).splitlines()[0]}") from None
-    rows = _column(table, "row")
+    rows, correct = _column(table, "row"), _column(table, "correct")
     if len(np.unique(rows)) != len(rows) or not ((rows >= 0) & (rows < num_faults)).all():
         raise ValueError("it holds faults that are not in the list")
-    return rows, _decode_results(table, num_images)
+    if not ((correct >= 0) & (correct <= num_images)).all():
+        raise ValueError("it has more correct images than there are")
+    return Chunk(rows, _read_packed(table, num_images), correct)
 
 
-def _decode_results(table: pa.Table, num_images: int) -> Results:
-    packed = b"".join(table.column("outcomes").to_pylist())
-    if len(packed) != table.num_rows * packed_bytes(num_images):
+def _read_packed(table: pa.Table, num_images: int) -> np.ndarray:
+    content = b"".join(table.column("outcomes").to_pylist())
+    if len(content) != table.num_rows * packed_bytes(num_images):
         raise ValueError("its outcomes have another length")
-    planes = np.frombuffer(packed, np.uint8).reshape(table.num_rows, packed_bytes(num_images))
-    outcomes, due = unpack_outcomes(planes, num_images)
+    packed = np.frombuffer(content, np.uint8).reshape(table.num_rows, packed_bytes(num_images))
+    changed, critical, _ = planes = _planes(packed)
     counted = [_column(table, name) for name in ("masked", "non_critical", "critical", "due")]
-    if not np.array_equal(counted, _counts(outcomes, due)):
+    padding = [plane[:, -1] >> (num_images - 1) % 8 + 1 for plane in planes]
+    if (
+        not np.array_equal(counted, _counts(packed, num_images))
+        or np.any(padding)
+        or np.any(critical & ~changed)
+    ):
         raise ValueError("its counts are not those of its outcomes")
-    return Results(outcomes, due, _column(table, "correct"))
+    return packed
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -155,7 +195,7 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
     return column.to_numpy()
 
 
-def _counts(outcomes: np.ndarray, due: np.ndarray) -> list[np.ndarray]:
+def _counts(packed: np.ndarray, num_images: int) -> list[np.ndarray]:
     """[F] images that are masked, non-critical, critical, and DUE."""
-    found = [np.count_nonzero(outcomes == o, axis=1) for o in (MASKED, NON_CRITICAL, CRITICAL)]
-    return [*found, np.count_nonzero(due, axis=1)]
+    changed, critical, due = (np.bitwise_count(p).sum(axis=1, dtype=int) for p in _planes(packed))
+    return [num_images - changed, changed - critical, critical, due]

@@ -108,7 +108,7 @@ def read_faults(
         paths, dtypes = tuple(description["paths"]), tuple(description["dtypes"])
         shapes = tuple(tuple(map(operator.index, shape)) for shape in description["shapes"])
         columns = (arrays[column] for column in LIST_COLUMNS)
-        drawn_from = _read_strata(description["drawn_from"])
+        drawn_from = _read_strata(description.get("drawn_from"))
         faults = FaultList(paths, shapes, dtypes, *columns, drawn_from=drawn_from)
         faults.check()
         values = arrays["before"], arrays["after"]

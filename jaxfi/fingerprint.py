@@ -37,7 +37,7 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
         "commit": commit(Path(__file__).parent),
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
         "backend": device.platform,
         "device": device.device_kind,
         "machine": platform.machine(),

@@ -19,7 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxfi.chunks import decode_chunk, encode_chunk, packed_bytes
+from jaxfi.chunks import (
+    Chunk,
+    decode_chunk,
+    encode_chunk,
+    pack_outcomes,
+    packed_bytes,
+    unpack_outcomes,
+)
 from jaxfi.description import (
     CAMPAIGN_FILE,
     LIST_COLUMNS,
@@ -95,7 +102,10 @@ class Store:
 
         Raises OSError naming the file that cannot be written; the chunks before are unharmed.
         """
-        self._write_chunk(np.asarray(rows), Results(*map(np.asarray, (outcomes, due, correct))))
+        rows, results = np.asarray(rows), Results(*map(np.asarray, (outcomes, due, correct)))
+        self._check_results(rows, results)
+        packed = pack_outcomes(results.outcomes, results.due)
+        self._write_chunk(Chunk(rows, packed, results.correct))
 
     def keep(self, **arrays: np.ndarray) -> None:
         """Stores named arrays, such as golden outputs; on a resume, checks that they are the same.
@@ -120,49 +130,52 @@ class Store:
 
         Raises ValueError if faults are missing, or naming a file that is damaged or foreign.
         """
-        return _patiently(self._read_once)
+        return self._unpacked(_patiently(self._read_all))
 
     def _find_finished(self) -> np.ndarray:
         finished = np.zeros(len(self.faults), bool)
         for path in self._chunks():
             if path.name not in self._rows_of:
-                self._rows_of[path.name] = self._read_chunk(path)[0]
+                self._rows_of[path.name] = self._read_chunk(path).rows
             finished[self._rows_of[path.name]] = True
         return finished
 
-    def _read_once(self) -> Results:
-        shape = len(self.faults), self.num_images
-        outcomes, due = np.zeros(shape, np.uint8), np.zeros(shape, bool)
-        results = Results(outcomes, due, np.full(len(self.faults), -1, np.int32))
+    def _read_all(self) -> Chunk:
+        """All faults in one chunk, in their order; of those without results, correct is -1."""
+        num_faults = len(self.faults)
+        packed = np.zeros((num_faults, packed_bytes(self.num_images)), np.uint8)
+        whole = Chunk(np.arange(num_faults), packed, np.full(num_faults, -1, np.int32))
         for path in self._chunks():
-            rows, chunk = self._read_chunk(path)
-            again = results.correct[rows] >= 0
-            for whole, part in zip(results, chunk, strict=True):
-                if not np.array_equal(whole[rows[again]], part[again]):
+            rows, *parts = self._read_chunk(path)
+            again = whole.correct[rows] >= 0
+            for array, part in zip(whole[1:], parts, strict=True):
+                if not np.array_equal(array[rows[again]], part[again]):
                     raise damaged(path, "it contradicts another chunk")
-                whole[rows] = part
-        missing = np.count_nonzero(results.correct < 0)
+                array[rows] = part
+        missing = np.count_nonzero(whole.correct < 0)
         if missing:
             raise ValueError(
-                f"{self.directory} is not finished: {missing} of {len(self.faults)} faults are "
+                f"{self.directory} is not finished: {missing} of {num_faults} faults are "
                 "missing; run the campaign again to go on"
             )
-        return results
+        return whole
+
+    def _unpacked(self, whole: Chunk) -> Results:
+        return Results(*unpack_outcomes(whole.packed, self.num_images), whole.correct)
 
     def merge(self) -> Results:
         """`read`, and rewrites the results in few files, the same whatever the chunks were.
 
         For one process of a job, when all is finished. It may be killed and called again.
         """
-        results, old = self.read(), self._chunks()
-        num_rows = max(1, _MERGED_BYTES // packed_bytes(self.num_images))
-        everything = np.arange(len(self.faults))
-        parts = [everything[i : i + num_rows] for i in range(0, len(everything), num_rows)]
-        new = {self._write_chunk(rows, Results(*(a[rows] for a in results))) for rows in parts}
+        whole, old = _patiently(self._read_all), self._chunks()
+        size = max(1, _MERGED_BYTES // packed_bytes(self.num_images))
+        parts = [slice(first, first + size) for first in range(0, len(self.faults), size)]
+        new = {self._write_chunk(Chunk(*(array[part] for array in whole))) for part in parts}
         for path in old:
             if path not in new:
                 path.unlink(missing_ok=True)
-        return results
+        return self._unpacked(whole)
 
     def _chunks(self) -> list[Path]:
         """The chunk files, sorted. ValueError naming a file that is none."""
@@ -177,14 +190,14 @@ class Store:
                 raise damaged(folder / name, "its name is not that of a chunk")
         return [folder / name for name in names]
 
-    def _read_chunk(self, path: Path) -> tuple[np.ndarray, Results]:
+    def _read_chunk(self, path: Path) -> Chunk:
         content = read_verified(path)
         try:
             return decode_chunk(content, len(self.faults), self.num_images, self._campaign)
         except ValueError as error:
             raise damaged(path, str(error)) from None
 
-    def _check_chunk(self, rows: np.ndarray, results: Results) -> None:
+    def _check_results(self, rows: np.ndarray, results: Results) -> None:
         """What would be refused on reading must not be written."""
         allowed = (len(rows), self.num_images), (len(rows), self.num_images), (len(rows),)
         shapes = tuple(array.shape for array in results)
@@ -202,12 +215,12 @@ class Store:
         if not ((results.correct >= 0) & (results.correct <= self.num_images)).all():
             raise ValueError(f"a chunk's correct images are from 0 to {self.num_images}")
 
-    def _write_chunk(self, rows: np.ndarray, results: Results) -> Path | None:
-        self._check_chunk(rows, results)
+    def _write_chunk(self, chunk: Chunk) -> Path | None:
+        rows = chunk.rows
         if len(rows) == 0:
             return None
         values = self._values[0][rows], self._values[1][rows]
-        content = encode_chunk(rows, self.faults[rows], values, results, self._campaign)
+        content = encode_chunk(chunk, self.faults[rows], values, self.num_images, self._campaign)
         name = f"faults-{rows.min():09d}-{len(rows):09d}-{content_hash(content)}.parquet"
         path = self.directory / "results" / name
         write_whole(path, content, self._process_index)

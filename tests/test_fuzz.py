@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from experiments.config import check_same_config, config_from_flags, define_flags
 from jaxfi.checkpoint import load_checkpoint, save_checkpoint
-from jaxfi.chunks import decode_chunk, encode_chunk
+from jaxfi.chunks import Chunk, decode_chunk, encode_chunk, pack_outcomes
 from jaxfi.convert import load_state, read_fault_list, read_results
 from jaxfi.description import (
     CAMPAIGN_FILE,
@@ -35,7 +35,6 @@ from jaxfi.description import (
 )
 from jaxfi.fault_list import FaultList
 from jaxfi.files import content_hash, read_npz, to_npz
-from jaxfi.outcomes import Results
 from jaxfi.sampling import sample_faults
 from tests.test_gr import SMALL
 from tests.test_store import PARAMS
@@ -88,8 +87,9 @@ def torch_content() -> bytes:
 
 
 def chunk_content() -> bytes:
-    results = Results(np.ones((6, 9), np.uint8), np.zeros((6, 9), bool), np.full(6, 9, np.int32))
-    return encode_chunk(np.arange(6), FAULTS, FAULTS.values(PARAMS), results, "campaign")
+    packed = pack_outcomes(np.ones((6, 9), np.uint8), np.zeros((6, 9), bool))
+    chunk = Chunk(np.arange(6), packed, np.full(6, 9, np.int32))
+    return encode_chunk(chunk, FAULTS, FAULTS.values(PARAMS), 9, "campaign")
 
 
 def stored_content() -> bytes:

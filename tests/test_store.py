@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import resource
@@ -10,20 +11,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxfi import store as store_module
-from jaxfi.chunks import pack_outcomes, unpack_outcomes
+from jaxfi.chunks import Chunk, decode_chunk, encode_chunk, pack_outcomes, unpack_outcomes
 from jaxfi.description import signed
 from jaxfi.fault_list import FaultList
 from jaxfi.files import content_hash, read_npz, to_npz
@@ -535,6 +538,50 @@ def test_hostile_descriptions(
         load(copy)
 
 
+def altered_chunk(change: Callable[[pa.Table], pa.Table]) -> bytes:
+    """A chunk of 4 faults on 9 images, all masked, and then changed."""
+    packed = pack_outcomes(np.zeros((4, 9), np.uint8), np.zeros((4, 9), bool))
+    chunk = Chunk(np.arange(4), packed, np.full(4, 9))
+    values = VALUES[0][:4], VALUES[1][:4]
+    content = pa.BufferReader(encode_chunk(chunk, FAULTS[:4], values, 9, "mine"))
+    buffer = io.BytesIO()
+    pq.write_table(change(pq.read_table(content)), buffer)
+    return buffer.getvalue()
+
+
+def replaced(**columns: object) -> Callable[[pa.Table], pa.Table]:
+    """The table with the same new value in each row of these columns."""
+
+    def change(table: pa.Table) -> pa.Table:
+        for name, value in columns.items():
+            number, field = table.schema.get_field_index(name), table.schema.field(name)
+            table = table.set_column(number, field, pa.array([value] * len(table), field.type))
+        return table
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda table: pa.concat_tables([table, table]), "more faults than the list"),
+        (replaced(row=4), "faults that are not in the list"),
+        (replaced(row=None), "its column row has gaps"),
+        (replaced(correct=10), "more correct images than there are"),
+        (replaced(correct=-1), "more correct images than there are"),
+        (replaced(outcomes=bytes(5)), "another length"),
+        (replaced(outcomes=b"\1" + bytes(5)), "its counts are not those"),
+        # Critical and not changed; the second is an image that there is not.
+        (replaced(outcomes=bytes(2) + b"\1" + bytes(3), non_critical=-1, critical=1), "its counts"),
+        (replaced(outcomes=b"\0\2" + bytes(4), masked=8, non_critical=1), "its counts"),
+    ],
+)
+def test_hostile_chunks(change: Callable, message: str) -> None:
+    decode_chunk(altered_chunk(lambda table: table), 4, 9, "mine")
+    with pytest.raises(ValueError, match=message):
+        decode_chunk(altered_chunk(change), 4, 9, "mine")
+
+
 def test_no_pickle_is_loaded(finished_campaign: Path, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple:
@@ -621,18 +668,42 @@ def test_directory_is_a_file(tmp_path: Path) -> None:
         opened(tmp_path / "run").__enter__()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_permission_lost(tmp_path: Path) -> None:
-    write_all(tmp_path)
-    for folder in (tmp_path, tmp_path / "results"):
+@pytest.fixture
+def folder_of_nobody(tmp_path: Path) -> Iterator[Path]:
+    """A folder of this process, which is not root meanwhile: root may write anywhere."""
+    if os.geteuid() != 0:
+        yield tmp_path
+        return
+    write_all(tmp_path / "warm")  # imports what pyarrow imports at its first write
+    folder = Path(tempfile.mkdtemp())  # pytest's own is closed to others
+    os.chown(folder, NOBODY, NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield folder
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+NOBODY = 65534
+
+
+def test_permission_lost(folder_of_nobody: Path) -> None:
+    directory = write_all(folder_of_nobody / "run")
+    for folder in (directory, directory / "results"):
         folder.chmod(0o500)
     try:
-        assert_whole(load(tmp_path))
-        with opened(tmp_path) as store, pytest.raises(PermissionError, match="cannot write .*0000"):
+        assert_whole(load(directory))
+        with (
+            opened(directory) as store,
+            pytest.raises(PermissionError, match=r"cannot write .*0000.*make it writable"),
+        ):
             write_rows(store, np.arange(5))
     finally:
-        for folder in (tmp_path, tmp_path / "results"):
+        for folder in (directory, directory / "results"):
             folder.chmod(0o700)
+    with opened(directory) as store:
+        write_rows(store, np.arange(5))
 
 
 def test_links_do_not_lead_out(tmp_path: Path) -> None:
