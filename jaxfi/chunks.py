@@ -75,7 +75,7 @@ def pack_outcomes(outcomes: np.ndarray, due: np.ndarray) -> np.ndarray:
     """[F, N] outcomes and DUEs as [F, 3 * ceil(N / 8)] uint8: planes changed, critical, DUE."""
     num_faults, num_images = outcomes.shape
     packed = np.empty((num_faults, packed_bytes(num_images)), np.uint8)
-    for some in _few_at_a_time(np.arange(num_faults), num_images):
+    for some in _few_at_a_time(num_faults, num_images):
         planes = outcomes[some], outcomes[some] == CRITICAL, due[some]
         packed[some] = np.hstack([np.packbits(p, axis=1, bitorder="little") for p in planes])
     return packed
@@ -88,19 +88,29 @@ def unpack_outcomes(packed: np.ndarray, num_images: int) -> tuple[np.ndarray, np
     >>> unpack_outcomes(pack_outcomes(outcomes, outcomes == 2), 3)[0]
     array([[0, 1, 2]], dtype=uint8)
     """
+    outcomes, broken = np.zeros((2, len(packed), num_images), np.uint8)
     changed, critical, due = _planes(packed)
-    found = np.zeros((2, len(packed), num_images), np.uint8)
-    # Where nothing is set, memory that nobody has written to is 0 and costs nothing.
-    for plane, numbers in ((changed, found[0]), (critical, found[0]), (due, found[1])):
-        for some in _few_at_a_time(np.flatnonzero(plane.any(axis=1)), num_images):
-            bits = np.unpackbits(plane[some], axis=1, count=num_images, bitorder="little")
-            numbers[some] += bits
-    return found[0], found[1].view(bool)
+    for rows, bits in _rows_with_bits(changed, num_images):
+        outcomes[rows] = bits
+    for rows, bits in _rows_with_bits(critical, num_images):
+        outcomes[rows] += bits
+    for rows, bits in _rows_with_bits(due, num_images):
+        broken[rows] = bits
+    return outcomes, broken.view(bool)
 
 
-def _few_at_a_time(rows: np.ndarray, num_images: int) -> Iterator[np.ndarray]:
+def _rows_with_bits(plane: np.ndarray, num_images: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows where any bit is set, and their bits. The others cost nothing: they are 0, as memory is
+    that nobody has written to."""
+    rows = np.flatnonzero(plane.any(axis=1))
+    for some in _few_at_a_time(len(rows), num_images):
+        bits = np.unpackbits(plane[rows[some]], axis=1, count=num_images, bitorder="little")
+        yield rows[some], bits
+
+
+def _few_at_a_time(num_rows: int, num_images: int) -> Iterator[slice]:
     size = max(1, _BYTES_AT_ONCE // num_images)
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+    return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
 def _planes(packed: np.ndarray) -> list[np.ndarray]:
@@ -132,7 +142,7 @@ def encode_chunk(
         *values,
         *_counts(chunk.packed, num_images),
         chunk.correct,
-        [row.tobytes() for row in chunk.packed],
+        _as_binary(chunk.packed),
     ]
     arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     metadata = {"jaxfi.campaign": campaign, "jaxfi.images": str(num_images)}
@@ -146,6 +156,13 @@ def encode_chunk(
         write_page_checksum=True,
     )
     return buffer.getvalue()
+
+
+def _as_binary(rows: np.ndarray) -> pa.Array:
+    """[k, w] bytes as k values of w bytes, not copied."""
+    ends = np.arange(len(rows) + 1) * rows.shape[1]
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(rows))]
+    return pa.Array.from_buffers(pa.large_binary(), len(rows), buffers)
 
 
 def decode_chunk(content: bytes, num_faults: int, num_images: int, campaign: str) -> Chunk:
@@ -172,7 +189,7 @@ def decode_chunk(content: bytes, num_faults: int, num_images: int, campaign: str
 
 
 def _read_packed(table: pa.Table, num_images: int) -> np.ndarray:
-    content = b"".join(table.column("outcomes").to_pylist())
+    content = b"".join(_without_gaps(table, "outcomes").to_pylist())
     if len(content) != table.num_rows * packed_bytes(num_images):
         raise ValueError("its outcomes have another length")
     packed = np.frombuffer(content, np.uint8).reshape(table.num_rows, packed_bytes(num_images))
@@ -189,13 +206,19 @@ def _read_packed(table: pa.Table, num_images: int) -> np.ndarray:
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
+    return _without_gaps(table, name).to_numpy()
+
+
+def _without_gaps(table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table.column(name)
     if column.null_count:
         raise ValueError(f"its column {name} has gaps")
-    return column.to_numpy()
+    return column
 
 
 def _counts(packed: np.ndarray, num_images: int) -> list[np.ndarray]:
     """[F] images that are masked, non-critical, critical, and DUE."""
-    changed, critical, due = (np.bitwise_count(p).sum(axis=1, dtype=int) for p in _planes(packed))
+    changed, critical, due = (
+        np.bitwise_count(p).sum(axis=1, dtype=np.int32) for p in _planes(packed)
+    )
     return [num_images - changed, changed - critical, critical, due]

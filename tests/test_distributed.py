@@ -77,18 +77,22 @@ def slurm_variables(num_processes: int, process_id: int) -> dict[str, str]:
 def finish_job(members: list[subprocess.Popen]) -> list[str]:
     """What each printed, once all have ended well."""
     printed = []
-    for member in members:
-        out, error = member.communicate(timeout=200)
-        assert member.returncode == 0, error[-3000:]
-        printed.append(out)
+    try:
+        for member in members:
+            out, error = member.communicate(timeout=600)
+            assert member.returncode == 0, error[-3000:]
+            printed.append(out)
+    finally:
+        kill_job(members)
     return printed
 
 
 def kill_job(members: list[subprocess.Popen]) -> None:
     """As a scheduler does, after one member died."""
     for member in members:
-        member.kill()
-        member.communicate()
+        if member.returncode is None:
+            member.kill()
+            member.communicate()
 
 
 @pytest.fixture(scope="module")

@@ -567,6 +567,7 @@ def replaced(**columns: object) -> Callable[[pa.Table], pa.Table]:
         (lambda table: pa.concat_tables([table, table]), "more faults than the list"),
         (replaced(row=4), "faults that are not in the list"),
         (replaced(row=None), "its column row has gaps"),
+        (replaced(outcomes=None), "its column outcomes has gaps"),
         (replaced(correct=10), "more correct images than there are"),
         (replaced(correct=-1), "more correct images than there are"),
         (replaced(outcomes=bytes(5)), "another length"),
