@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,12 @@ import numpy as np
 
 from jaxfi.anytime import anytime_estimate, draw_until_kept
 from jaxfi.campaign import Campaign, run_campaign
-from jaxfi.fault_list import FaultList
+from jaxfi.fault_list import FaultList, Stratum
 from jaxfi.faults import PyTree
 from jaxfi.outcomes import Rates, Results, per_fault_shares
 from jaxfi.sampling import fault_population, sample_faults, sample_size
 from jaxfi.slicing import ApplyFn
-from jaxfi.strata import Strata, draw_strata_until_kept, stratified_estimates
+from jaxfi.strata import PILOT_LEAST, Strata, draw_strata_until_kept, stratified_estimates
 
 
 class AdaptiveCampaign(NamedTuple):
@@ -117,7 +118,8 @@ def run_stratified(
     estimate. The intervals are large-sample ones, as the fixed sample's are.
 
     Args:
-      pilot: faults of the pilot; at least two a stratum are taken.
+      pilot: faults of the pilot, about: at least two a stratum are taken. Where the layers are too
+        many for that, the smallest are taken as one.
       apply_fn, params, images, labels, key, margin, t, workdir, sampling, settings: as in
         `run_sequential`.
 
@@ -125,7 +127,7 @@ def run_stratified(
     """
     sampling = dict(sampling or {})
     num_fixed = sample_size(fault_population(params), margin, t)
-    strata, drawers = _layers_and_bits(key, params, sampling)
+    strata, drawers = _layers_and_bits(key, params, sampling, pilot)
     done: list[Campaign] = []
     belongs: list[np.ndarray] = []  # of each stage, the stratum of each fault
 
@@ -148,16 +150,16 @@ def run_stratified(
 
 
 def _layers_and_bits(
-    key: int | jax.Array, params: PyTree, sampling: dict[str, Any]
+    key: int | jax.Array, params: PyTree, sampling: dict[str, Any], pilot: int
 ) -> tuple[Strata, list[functools.partial[FaultList]]]:
     """The strata, and for each a function that draws its first so many faults."""
     key = jax.random.key(key) if isinstance(key, int) else key
     strata_of = sample_faults(0, params, 0, **sampling).drawn_from or ()
     empty = sample_faults(0, params, 0)
-    layers = [path.rpartition("/")[0] or path for path in empty.paths]
+    layers = _layers(empty, strata_of, pilot)
     cells: dict[tuple[int, str], list[tuple[str, int]]] = {}
     for leaf, bits, num_models in strata_of:
-        num_sites = int(np.prod(empty.shapes[leaf], dtype=object)) * num_models
+        num_sites = math.prod(empty.shapes[leaf]) * num_models
         for bit in bits:
             cells.setdefault((bit, layers[leaf]), []).append((empty.paths[leaf], num_sites))
     cells = {cell: leaves for cell, leaves in cells.items() if sum(n for _, n in leaves)}
@@ -170,6 +172,21 @@ def _layers_and_bits(
         drawers.append(functools.partial(_draw, stratum_key, params, arguments))
     sites = np.array([sum(n for _, n in leaves) for leaves in cells.values()], np.int64)
     return Strata(sites, np.array([bit for bit, _ in cells])), drawers
+
+
+def _layers(empty: FaultList, strata_of: Sequence[Stratum], pilot: int) -> list[str]:
+    """Of each leaf, the layer that it is counted with: if a pilot of `pilot` faults has two for
+    each bit of each layer, its own; if not, the largest layers are themselves, the rest are one."""
+    layers = [path.rpartition("/")[0] or path for path in empty.paths]
+    sites = dict.fromkeys(layers, 0)
+    for leaf, bits, num_models in strata_of:
+        sites[layers[leaf]] += math.prod(empty.shapes[leaf]) * len(bits) * num_models
+    num_bits = max((len(bits) for _, bits, _ in strata_of), default=1)
+    most = max(1, pilot // (PILOT_LEAST * num_bits))
+    if len(sites) <= most:
+        return layers
+    large = sorted(sites, key=sites.__getitem__, reverse=True)[: most - 1]
+    return [layer if layer in large else "the rest" for layer in layers]
 
 
 def _draw(key: jax.Array, params: PyTree, arguments: dict[str, Any], num_faults: int) -> FaultList:

@@ -23,7 +23,7 @@ from jaxfi.outcomes import Estimate
 # Given [H] numbers of faults, what the first so many of each stratum count: H arrays [n_h, rates].
 MeasureStrata = Callable[[np.ndarray], list[np.ndarray]]
 
-_PILOT_LEAST = 2  # faults of a stratum; fewer show no difference
+PILOT_LEAST = 2  # faults of a stratum; fewer show no difference
 _SLACK = 0.95  # aim for a margin a little narrower: the variances are not known exactly
 
 
@@ -46,7 +46,7 @@ class Strata(NamedTuple):
 
 def pilot_counts(strata: Strata, num_faults: int) -> np.ndarray:
     """[H] faults of the pilot: in proportion to the sites, and at least two where there are."""
-    wanted = np.maximum(np.round(num_faults * strata.weights), _PILOT_LEAST).astype(np.int64)
+    wanted = np.maximum(np.round(num_faults * strata.weights), PILOT_LEAST).astype(np.int64)
     return np.minimum(wanted, strata.sites)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfi import exhaustive_faults, run_campaign
-from jaxfi.adaptive import run_sequential, run_stratified
+from jaxfi.adaptive import _layers_and_bits, run_sequential, run_stratified
 from jaxfi.anytime import anytime_estimate, confidence_sequence, draw_until_kept
 from jaxfi.outcomes import Rates, estimate_rate
 from jaxfi.strata import (
@@ -199,6 +199,23 @@ def test_sequential_order_does_not_depend_on_the_margin() -> None:
     assert len(short.faults) < len(long.faults)
     assert short.faults == long.faults[: len(short.faults)]
     np.testing.assert_array_equal(short.outcomes, long.outcomes[: len(short.faults)])
+
+
+def test_many_small_layers_share_their_strata() -> None:
+    """With a pilot of 320 faults and 32 bits, 5 layers: the 4 largest, and the rest."""
+    sizes = {"a": 50, "b": 3, "c": 400, "d": 2, "e": 100, "f": 60, "g": 1}
+    params = {name: {"kernel": np.ones(size, np.float32)} for name, size in sizes.items()}
+    strata, drawers = _layers_and_bits(0, params, {}, pilot=320)
+    assert len(strata.sites) == len(drawers) == 5 * 32
+    assert strata.sites.sum() == 32 * sum(sizes.values())
+    drawn = [draw(6) for draw in drawers]
+    layers = {frozenset(faults.paths[leaf] for leaf in faults.leaf) for faults in drawn}
+    rest = frozenset().union(*(layer for layer in layers if len(layer) > 1))
+    assert rest == {"b/kernel", "d/kernel", "g/kernel"}
+    alone = {frozenset([f"{name}/kernel"]) for name in "acef"}
+    assert alone <= layers
+    separate, _ = _layers_and_bits(0, params, {}, pilot=448)
+    assert len(separate.sites) == 7 * 32
 
 
 def test_whole_word_faults_have_one_stratum_a_layer() -> None:
