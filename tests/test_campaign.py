@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.benchmarks import durable
 from jaxfi import (
     CRITICAL,
     MASKED,
@@ -26,6 +27,7 @@ from jaxfi import (
     sample_faults,
 )
 from jaxfi.convert import from_torch, to_torch
+from jaxfi.description import read_description, read_faults
 from jaxfi.models import MODELS
 from tests.conformance_models import plain_mlp
 from tests.test_conformance import faults_in_every_leaf
@@ -201,6 +203,15 @@ def finished(tmp_path_factory) -> Path:
     settings = arguments()
     run_campaign(**{**settings, "faults": settings["faults"][:4]}, workdir=directory)
     return directory
+
+
+def test_the_benchmark_of_keeping_a_campaign_keeps_it(finished, tmp_path) -> None:
+    found = load_campaign(finished)
+    _, values = read_faults(finished, read_description(finished))
+    durable.keep(found, values, tmp_path)
+    assert_same(load_campaign(tmp_path), found)
+    kept, original = (sorted((d / "results").iterdir()) for d in (tmp_path, finished))
+    assert [path.read_bytes() for path in kept] == [path.read_bytes() for path in original]
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -7,6 +7,7 @@ inputs through each reader.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -69,16 +70,19 @@ def results_content() -> bytes:
     )
 
 
+@functools.cache
 def npz_content() -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **{"conv1.weight": np.arange(12, dtype=np.float32), "n": np.array(3)})
     return buffer.getvalue()
 
 
+@functools.cache
 def safetensors_content() -> bytes:
     return safetensors.numpy.save({"conv1.weight": np.arange(12, dtype=np.float32)})
 
 
+@functools.cache
 def torch_content() -> bytes:
     torch = pytest.importorskip("torch")
     buffer = io.BytesIO()
@@ -86,12 +90,14 @@ def torch_content() -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
 def chunk_content() -> bytes:
     packed = pack_outcomes(np.ones((6, 9), np.uint8), np.zeros((6, 9), bool))
     chunk = Chunk(np.arange(6), packed, np.full(6, 9, np.int32))
     return encode_chunk(chunk, FAULTS, FAULTS.values(PARAMS), 9, "campaign")
 
 
+@functools.cache
 def stored_content() -> bytes:
     return to_npz({"leaf": FAULTS.leaf, "golden": np.arange(6, dtype=np.float32)})
 
@@ -104,12 +110,14 @@ def config_content() -> bytes:
     return b'{"dataset": "digits", "epochs": 3, "alpha": 0.1, "augment": false, "seed": null}'
 
 
+@functools.cache
 def list_file() -> bytes:
     columns = {name: getattr(FAULTS, name) for name in LIST_COLUMNS}
     before, after = FAULTS.values(PARAMS)
     return to_npz({**columns, "before": before, "after": after})
 
 
+@functools.cache
 def description_content() -> bytes:
     return json.dumps(
         describe({"seed": 3, "precision": "highest"}, FAULTS, 9, list_file())
