@@ -88,10 +88,10 @@ def finish_job(members: list[subprocess.Popen]) -> list[str]:
 
 
 def kill_job(members: list[subprocess.Popen]) -> None:
-    """As a scheduler does, after one member died."""
+    """As a scheduler does, after one member died. Those that have ended stay as they are."""
     for member in members:
-        if member.returncode is None:
-            member.kill()
+        member.kill()
+        if not member.stdout.closed:  # as it is after another communicate()
             member.communicate()
 
 
