@@ -138,7 +138,8 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     """Parses the command line; ends the program in one line for a flag it does not know."""
     try:
         return flags.FLAGS(arguments)
-    except (flags.Error, UnicodeDecodeError) as error:  # the latter from a flagfile
+    # From a flagfile: no text; a name so long that absl's search for similar ones gives up.
+    except (flags.Error, UnicodeDecodeError, RecursionError) as error:
         sys.exit(f"error: {' '.join(str(error).split())} (--helpfull lists the flags)")
 
 

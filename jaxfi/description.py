@@ -18,6 +18,7 @@ from jaxfi.files import content_hash, damaged, read_npz
 FORMAT = 1
 CAMPAIGN_FILE = "campaign.json"
 LIST_COLUMNS = ("leaf", "element", "bit", "model", "value")
+_DTYPE_NAME = re.compile(r"[a-z]+[a-z0-9_]*")
 _FAULTS_NAME = re.compile(r"faults-[0-9a-f]{32}\.npz")
 
 
@@ -106,6 +107,8 @@ def read_faults(
         raise FileNotFoundError(f"{directory / name} is missing: run the campaign again") from None
     try:
         paths, dtypes = tuple(description["paths"]), tuple(description["dtypes"])
+        if not all(map(_DTYPE_NAME.fullmatch, dtypes)):  # NumPy would parse anything as one
+            raise ValueError(f"its dtypes are {description['dtypes']}")
         shapes = tuple(tuple(map(operator.index, shape)) for shape in description["shapes"])
         columns = (arrays[column] for column in LIST_COLUMNS)
         drawn_from = _read_strata(description.get("drawn_from"))

@@ -140,7 +140,11 @@ def read_flags(path: Path, content: bytes) -> object:
         values(["gr", f"--flagfile={path}"])
         config = config_from_flags(values)
         config.validate()
-    except (flags.Error, UnicodeDecodeError) as error:  # parse_flags ends the program with it
+    except (
+        flags.Error,
+        UnicodeDecodeError,
+        RecursionError,
+    ) as error:  # parse_flags ends the program with it
         raise ValueError(str(error)) from None
     return config
 

@@ -524,6 +524,7 @@ def resigned(directory: Path, **changes: object) -> None:
         ({"paths": ["a"]}, "damaged or foreign"),
         ({"dtypes": ["int8", "bfloat16", "int8"]}, "bit is outside its word"),
         ({"dtypes": ["float32", "object", "int8"]}, "damaged or foreign"),
+        ({"dtypes": ["float32", "bfloat16,", "int8"]}, "its dtypes are"),
         ({"num_images": "many"}, "damaged or foreign"),
         ({"num_images": -1}, "damaged or foreign"),
         ({"fingerprint": None}, "damaged or foreign"),
