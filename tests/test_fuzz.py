@@ -91,6 +91,14 @@ def torch_content() -> bytes:
 
 
 @functools.cache
+def onnx_content() -> bytes:
+    onnx = pytest.importorskip("onnx")
+    weights = onnx.numpy_helper.from_array(np.arange(12, dtype=np.float32), "conv1.weight")
+    graph = onnx.helper.make_graph([], "network", [], [], [weights])
+    return onnx.helper.make_model(graph).SerializeToString()
+
+
+@functools.cache
 def chunk_content() -> bytes:
     packed = pack_outcomes(np.ones((6, 9), np.uint8), np.zeros((6, 9), bool))
     chunk = Chunk(np.arange(6), packed, np.full(6, 9, np.int32))
@@ -171,6 +179,7 @@ READERS: dict[str, tuple[Callable[[], bytes], str, Reader]] = {
     "npz": (npz_content, "d.npz", lambda path, _: load_state(path)),
     "safetensors": (safetensors_content, "e.safetensors", lambda path, _: load_state(path)),
     "torch": (torch_content, "f.pt", lambda path, _: load_state(path)),
+    "onnx": (onnx_content, "k.onnx", lambda path, _: load_state(path)),
     "chunk": (chunk_content, "g", lambda _, content: decode_chunk(content, 6, 9, "campaign")),
     "stored arrays": (stored_content, "h.npz", read_stored),
     "flagfile": (flags_content, "i.flags", read_flags),
