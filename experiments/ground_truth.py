@@ -43,6 +43,7 @@ from experiments.published_network import (
 )
 from jaxfi.campaign import PRECISIONS, Campaign, run_campaign
 from jaxfi.convert import ResultTable, read_results
+from jaxfi.fault_list import FaultList
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +89,11 @@ def parse_arithmetic(text: str) -> dict[str, str]:
     return entries
 
 
-def restrict(published: ResultTable, pattern: str, bits: Sequence[int]) -> ResultTable:
-    """The faults whose leaf's path matches, in these bits (none: all). ValueError if none does."""
-    faults = published.faults
+def restrict(faults: FaultList, pattern: str, bits: Sequence[int]) -> np.ndarray:
+    """Rows of the faults whose leaf's path matches, in these bits (none: all).
+
+    Raises ValueError if there is none.
+    """
     chosen = np.array([fnmatch.fnmatchcase(path, pattern) for path in faults.paths])[faults.leaf]
     if not chosen.any():
         hit = ", ".join(faults.paths[leaf] for leaf in np.unique(faults.leaf))
@@ -100,7 +103,7 @@ def restrict(published: ResultTable, pattern: str, bits: Sequence[int]) -> Resul
         chosen &= np.isin(faults.bit, bits)
         if not chosen.any():
             raise ValueError(f"--bits={bits}: no fault there; the list has faults in {there}")
-    return ResultTable(faults[chosen], *(counts[chosen] for counts in published[1:]))
+    return np.flatnonzero(chosen)
 
 
 def run(settings: Settings, workdir: Path) -> list[Agreement]:
@@ -111,7 +114,8 @@ def run(settings: Settings, workdir: Path) -> list[Agreement]:
     check_same_config(settings, workdir)  # type: ignore[arg-type]
     subject = load_subject(settings)
     listed = read_results(settings.outcomes, subject.params)
-    published = restrict(listed, settings.paths, settings.bits)
+    within = restrict(listed.faults, settings.paths, settings.bits)
+    published = ResultTable(listed.faults[within], *(counts[within] for counts in listed[1:]))
     rows = sample_rows(published.faults, settings.num_faults, settings.seed)
     apply_fn = check_arithmetic(subject, arithmetic)
     claim_workdir(settings, workdir)  # type: ignore[arg-type]
@@ -128,17 +132,17 @@ def run(settings: Settings, workdir: Path) -> list[Agreement]:
         progress=True,
         workdir=workdir / "campaign",
     )
+    write_faults(workdir / "faults.csv", listed, within[rows], campaign)
     return write_results(published, rows, campaign, subject.note, workdir)
 
 
 def write_results(
     published: ResultTable, rows: np.ndarray, campaign: Campaign, note: str, workdir: Path
 ) -> list[Agreement]:
-    """agreement.csv, intervals.csv, faults.csv; the table and correlations on the terminal."""
+    """agreement.csv, intervals.csv; the table and correlations on the terminal."""
     console = Console()
     agreements = compare(published, rows, campaign)
     write_agreement(workdir / "agreement.csv", agreements)
-    write_faults(workdir / "faults.csv", published, rows, campaign)
     print_agreement("all images", agreements, console)
     of_correct = compare(published, rows, correct_images(campaign))
     write_intervals(workdir / "intervals.csv", {"all": agreements, "right": of_correct})

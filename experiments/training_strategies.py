@@ -92,7 +92,15 @@ class Settings:
         known = all(text in ("last", "best") or text.isdecimal() for text in self.injected_epochs)
         require(self, "injected_epochs", known, "last, best, and numbers of kept epochs")
         self.counts()
-        list_strategies(self.sweep, self.base())
+        for strategy in list_strategies(self.sweep, self.base()):
+            self._require_kept(strategy.config.epochs)
+
+    def _require_kept(self, epochs: int) -> None:
+        """The numbers among `injected_epochs` are of epochs that a training so long keeps."""
+        for epoch in (int(text) for text in self.injected_epochs if text.isdecimal()):
+            kept = 0 < epoch <= epochs and (epoch == epochs or epoch % self.keep_every == 0)
+            allowed = f"last, best, every {self.keep_every}th epoch and the last, {epochs}"
+            require(self, "injected_epochs", kept, allowed)
 
     def base(self) -> TrainConfig:
         """The settings of a training that no sweep speaks of."""

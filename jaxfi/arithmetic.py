@@ -39,6 +39,7 @@ Choice = Callable[[core.JaxprEqn, Sequence[Sources]], Rounding | None]
 # others that cannot be rounded from outside: scaled_dot, dot_product_attention_fwd, ...
 _ROUNDED = ("conv_general_dilated", "dot_general", "ragged_dot_general")
 _MATRIX_UNIT = (*_ROUNDED, "_dot", "dot_", "matmul")
+_FULL = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
 # Below 2**-14, float16 has steps of 2**-24 and lax.reduce_precision(x, 5, 10) gives 0.
 _FLOAT16_SMALLEST_NORMAL, _FLOAT16_STEPS = 2.0**-14, 2.0**24
 
@@ -76,8 +77,13 @@ def _reduce(x: jax.Array, exponent_bits: int, mantissa_bits: int) -> jax.Array:
     return lax.reduce_precision(_widen(x), exponent_bits, mantissa_bits).astype(x.dtype)
 
 
-ARITHMETIC: Mapping[str, Rounding | None] = {
-    "float32": None,
+def keep(x: jax.Array) -> jax.Array:
+    """`x`, not rounded."""
+    return x
+
+
+ARITHMETIC: Mapping[str, Rounding] = {
+    "float32": keep,
     "tf32": round_to_tf32,
     "bfloat16": round_to_bfloat16,
     "float16": round_to_float16,
@@ -95,8 +101,9 @@ def with_arithmetic(apply_fn: ApplyFn, arithmetic: Mapping[str, str]) -> ApplyFn
 
     Args:
       apply_fn: pure; maps parameters and images [batch, ...] to outputs [batch, classes].
-      arithmetic: pattern (fnmatch) of leaf paths to a name in `ARITHMETIC`: "float32" (as is),
-        "tf32", "bfloat16" or "float16".
+      arithmetic: pattern (fnmatch) of leaf paths to a name in `ARITHMETIC`: "float32" (operands as
+        they are), "tf32", "bfloat16" or "float16". Products are then taken at full precision,
+        whatever the backend's default.
 
     Returns:
       A function like `apply_fn`, pure and jit-able.
@@ -170,8 +177,12 @@ def _apply(
     if inside is None:
         return bind(equation, operands)
     if name in _ROUNDED:
-        rounding = choose(equation, sources) or (lambda operand: operand)
-        return bind(equation, [*map(rounding, operands[:2]), *operands[2:]])
+        rounding = choose(equation, sources)
+        if rounding is None:
+            return bind(equation, operands)
+        # Whatever the backend's default: on a GPU it is TF32, on a TPU bfloat16.
+        full = equation.replace(params={**equation.params, "precision": _FULL})
+        return bind(full, [*map(rounding, operands[:2]), *operands[2:]])
     bodies = inner_sources(equation, sources)
     if not bodies:
         where = f" inside a {name}" if inside != name else ""

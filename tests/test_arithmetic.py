@@ -408,3 +408,16 @@ def by_solve(params, images):
 def test_what_no_rounding_can_reach_is_refused(apply_fn, message):
     with pytest.raises(ValueError, match=message):
         with_arithmetic(apply_fn, {"*": "tf32"})(LAYERS, INPUTS)
+
+
+def test_named_arithmetic_does_not_depend_on_the_backend_default():
+    """float32 means float32 also where an accelerator would multiply in TF32 or bfloat16."""
+
+    def apply_fn(params, images):
+        return images @ params["a"] @ params["b"]
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    rounded = with_arithmetic(apply_fn, {"a": "float32"})
+    equations = jax.make_jaxpr(rounded)(params, jnp.ones((5, 3))).jaxpr.eqns
+    found = [e.params["precision"] for e in equations if e.primitive.name == "dot_general"]
+    assert found == [(lax.Precision.HIGHEST, lax.Precision.HIGHEST), None]

@@ -177,6 +177,7 @@ def test_running_again_trains_and_injects_nothing(finished, monkeypatch):
     ({"sweep": ("optimizer=lion",)}, "optimizer is 'lion'; allowed: adadelta"),
     ({"ranges": ["5/10"]}, r"ranges is \['5/10'\]; allowed: most/step"),
     ({"injected_epochs": ["first"]}, "injected_epochs is .*; allowed: last, best"),
+    ({"injected_epochs": ["99"]}, "injected_epochs is .*; allowed: last, best, every"),
     ({"trials": 0}, "trials is 0; allowed: integers >= 1"),
     ({"model": "alexnet"}, "model is 'alexnet'; allowed: lenet"),
 ])  # fmt: skip
