@@ -386,6 +386,13 @@ def test_results_that_do_not_add_up(tmp_path):
         read_results(path, LENET)
 
 
+def test_results_of_no_injection(tmp_path):
+    header = "Injection,Layer,TensorIndex,Bit,n_injections,masked,non_critical,critical"
+    path = write(tmp_path / "a.csv", "0,conv1,5,3,0,0,0,0", header=header)
+    with pytest.raises(ValueError, match=r"a\.csv: line 2: n_injections is 0; allowed"):
+        read_results(path, LENET)
+
+
 # The public ResNet20
 
 

@@ -180,6 +180,8 @@ def _integer(text: str) -> int:
 
 def _counts(*texts: str) -> list[int]:
     total, *outcomes = map(_integer, texts)
+    if total < 1:
+        raise ValueError(f"n_injections is {total}; allowed: integers >= 1")
     if sum(outcomes) != total:
         raise ValueError(f"masked, non_critical, critical {outcomes} do not add to {total}")
     return [total, *outcomes]
