@@ -24,11 +24,11 @@ import numpy as np
 
 from experiments.config import check_same_config, claim_workdir, setting
 from experiments.gr import load_images
-from experiments.study import apply_function, injected_images, integers, require, run_from_flags
+from experiments.study import apply_function, integers, require, run_from_flags
 from jaxfi.bit_effects import BitEffect, bit_effects, stored_weights
 from jaxfi.checkpoint import load_variables
 from jaxfi.cumulative import cumulative_accuracy, draw_trials
-from jaxfi.data import DATASETS, Dataset
+from jaxfi.data import DATASETS, Dataset, first_test_images
 from jaxfi.faults import PyTree, leaf_paths, word_bits
 from jaxfi.files import read_csv, write_csv
 from jaxfi.models import MODELS
@@ -143,7 +143,7 @@ def words_of(dtype: str) -> Iterator[None]:
 def store(settings: Settings, dtype: str, variables: PyTree, dataset: Dataset) -> Stored:
     """The network with its weights stored as `dtype`."""
     apply_fn = apply_function(MODELS[settings.model](num_classes=dataset.num_classes))
-    images, _ = injected_images(dataset, settings.num_images)
+    images, _ = first_test_images(dataset, settings.num_images)
     if dtype == "int8":
         words, scales = quantize(variables, settings.paths)
         return Stored(words, with_quantized_weights(apply_fn, scales), images)

@@ -25,7 +25,7 @@ from experiments.gr import LOSSES, load_images
 from jaxfi.arithmetic import with_arithmetic
 from jaxfi.campaign import Campaign, run_campaign
 from jaxfi.checkpoint import load_variables
-from jaxfi.data import Dataset, normalise
+from jaxfi.data import Dataset, first_test_images
 from jaxfi.faults import PyTree
 from jaxfi.files import write_csv
 from jaxfi.models import MODELS, evaluation_function
@@ -108,14 +108,14 @@ def inject(
 ) -> Campaign:
     """The run's own sample of faults, cut to `num_faults`' sample, under one condition."""
     module = MODELS[config.model](num_classes=dataset.num_classes)
-    images = normalise(dataset.test_images[:num_images], dataset.mean, dataset.std)
+    images, labels = first_test_images(dataset, num_images)
     faults = sample_faults(config.seed, variables["params"], num_faults)
     return run_campaign(
         condition.change(evaluation_function(module, variables)),
         variables["params"],
         faults,
         images,
-        dataset.test_labels[:num_images],
+        labels,
         nan=condition.nan,
         batch_size=config.campaign_batch_size,
     )

@@ -31,7 +31,7 @@ from experiments.config import (
 )
 from experiments.job import define_job_flags, join_from_flags, require_trained
 from jaxfi.campaign import Campaign, load_campaign, run_campaign
-from jaxfi.data import Dataset, load_dataset, normalise
+from jaxfi.data import Dataset, first_test_images, load_dataset
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
 from jaxfi.models import MODELS, evaluation_function
@@ -155,14 +155,13 @@ def inject_faults(
     folder: Path,
 ) -> None:
     """Every fault on the first `num_images` test images, continued if `folder` has a part of it."""
-    num_images = config.num_images or len(dataset.test_labels)
-    images = normalise(dataset.test_images[:num_images], dataset.mean, dataset.std)
+    images, labels = first_test_images(dataset, config.num_images)
     run_campaign(
         evaluation_function(module, variables),
         variables["params"],
         faults,
         images,
-        dataset.test_labels[:num_images],
+        labels,
         nan=config.nan,
         engine=config.engine,
         precision=config.precision,

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
 from flax import linen as nn
 
 from experiments.command import run_command, workdir_from
 from experiments.config import config_from_flags, define_flags, parse_flags
-from jaxfi.data import Dataset, normalise
 from jaxfi.faults import PyTree
 from jaxfi.slicing import ApplyFn
 
@@ -26,13 +24,6 @@ def apply_function(module: nn.Module) -> ApplyFn:
         return module.apply(variables, images, train=False)
 
     return apply_fn
-
-
-def injected_images(dataset: Dataset, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `num_images` test images, normalised, and their labels; 0 is all."""
-    chosen = slice(num_images or None)
-    images = normalise(dataset.test_images[chosen], dataset.mean, dataset.std)
-    return images, dataset.test_labels[chosen]
 
 
 def require(settings: Any, name: str, condition: bool, allowed: str) -> None:

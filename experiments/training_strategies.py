@@ -23,11 +23,11 @@ from absl import logging
 from experiments.config import check_same_config, claim_workdir, setting
 from experiments.gr import load_images
 from experiments.strategies import Strategy, groups, list_strategies
-from experiments.study import apply_function, injected_images, require, run_from_flags
+from experiments.study import apply_function, require, run_from_flags
 from jaxfi.augment import AffineRanges
 from jaxfi.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from jaxfi.cumulative import cumulative_accuracy, draw_trials
-from jaxfi.data import DATASETS, Dataset, normalise
+from jaxfi.data import DATASETS, Dataset, first_test_images, normalise
 from jaxfi.faults import PyTree
 from jaxfi.files import read_csv, write_csv
 from jaxfi.models import MODELS
@@ -206,7 +206,7 @@ def inject_all(
     stored = read_csv(path, INJECTION_COLUMNS) if path.exists() else []
     rows: list[Any] = [list(row.values()) for row in stored]
     done = {(row["strategy"], row["epoch"]) for row in stored}
-    images, labels = injected_images(dataset, settings.num_images)
+    images, labels = first_test_images(dataset, settings.num_images)
     apply_fn = apply_function(MODELS[settings.model](num_classes=dataset.num_classes))
     counts, trials = settings.counts(), None
     for name in _sound(members):

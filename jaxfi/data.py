@@ -88,6 +88,13 @@ def normalise(images: Any, mean: Iterable[float], std: Iterable[float]) -> Any:
     return (images.astype(np.float32) / np.float32(255) - mean) / std
 
 
+def first_test_images(dataset: Dataset, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `num_images` test images, normalised, and their labels; 0 is all."""
+    chosen = slice(num_images or None)
+    images = normalise(dataset.test_images[chosen], dataset.mean, dataset.std)
+    return images, dataset.test_labels[chosen]
+
+
 def _digits(input_size: int) -> tuple[dict[str, np.ndarray], str]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
