@@ -86,15 +86,14 @@ def _plain(loss_fn: LossFn, alpha: Any) -> Callable[..., Any]:
 
 def _fast(loss_fn: LossFn, alpha: Any) -> Callable[..., Any]:
     def value_and_grad(params: Any, *args: Any) -> Any:
-        def loss_and_gradient(params: Any) -> Any:
-            return jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
+        def gradient_and_value(params: Any) -> Any:
+            (loss, aux), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
+            return gradient, (loss, aux)
 
-        # The compiler merges this pass with the primal half of the next one: they are the same.
-        _, direction = loss_and_gradient(params)
-        ((loss, aux), gradient), (_, curvature) = jax.jvp(
-            loss_and_gradient, (params,), (direction,)
-        )
-        total = jax.tree.map(lambda g, h: g + 2 * alpha * h, gradient, curvature)
+        # Not jvp along a gradient computed before: the compiler sees that pass as different from
+        # the primal half of this one, and computes every layer's gradient twice.
+        gradient, along, (loss, aux) = jax.linearize(gradient_and_value, params, has_aux=True)
+        total = jax.tree.map(lambda g, h: g + 2 * alpha * h, gradient, along(gradient))
         return (loss, squared_norm(gradient), aux), total
 
     return value_and_grad
