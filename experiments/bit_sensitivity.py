@@ -24,17 +24,26 @@ import numpy as np
 
 from experiments.config import check_same_config, claim_workdir, setting
 from experiments.gr import load_images
-from experiments.study import apply_function, integers, require, run_from_flags
+from experiments.study import (
+    apply_function,
+    initial_shapes,
+    integers,
+    require,
+    require_weights,
+    run_from_flags,
+    weight_leaves,
+)
 from jaxfi.bit_effects import BitEffect, bit_effects, stored_weights
 from jaxfi.checkpoint import load_variables
 from jaxfi.cumulative import cumulative_accuracy, draw_trials
 from jaxfi.data import DATASETS, Dataset, first_test_images
-from jaxfi.faults import PyTree, leaf_paths, word_bits
+from jaxfi.faults import PyTree, described_leaves, leaf_paths, word_bits
 from jaxfi.files import read_csv, write_csv
 from jaxfi.models import MODELS
 from jaxfi.outcomes import NAN_POLICIES
 from jaxfi.quantization import quantize, with_quantized_weights
-from jaxfi.report.study import BIT_COLUMNS, write_figures
+from jaxfi.report.study import write_study
+from jaxfi.report.study_logs import BIT_COLUMNS
 from jaxfi.slicing import ApplyFn
 from jaxfi.training import TrainConfig, train
 from jaxfi.training.convolution import with_matmul_convolutions
@@ -106,7 +115,9 @@ def run(settings: Settings, workdir: Path) -> None:
     settings.validate()
     check_same_config(settings, workdir)
     dataset = load_images(settings)  # type: ignore[arg-type]
-    given = load_variables(settings.weights) if settings.weights else None
+    shapes = initial_shapes(settings.model, dataset)
+    require_weights(settings, "num_faults", integers(settings, "num_faults")[-1], shapes)
+    given = load_network(settings, shapes) if settings.weights else None
     claim_workdir(settings, workdir)
     variables = jax.device_get(given or train_network(settings, dataset, workdir / "network"))
     path = workdir / "accuracy_by_bit.csv"
@@ -123,7 +134,17 @@ def run(settings: Settings, workdir: Path) -> None:
                     rows += flip_bit(settings, dtype, bit, stored, dataset)
                     write_csv(path, BIT_COLUMNS, rows)
     write_csv(workdir / "bit_effects.csv", ("dtype", *BitEffect._fields), effects)
-    write_figures(workdir)
+    write_study(workdir)
+
+
+def load_network(settings: Settings, shapes: PyTree) -> PyTree:
+    """The variables that `weights` names. Raises ValueError if they are of another network."""
+    variables = load_variables(settings.weights)
+    found, wanted = described_leaves(variables), described_leaves(shapes)
+    different = [path for path in wanted | found if wanted.get(path) != found.get(path)]
+    allowed = f"a {settings.model} for {settings.dataset}; other leaves: {', '.join(different)}"
+    require(settings, "weights", not different, allowed)
+    return variables
 
 
 def train_network(settings: Settings, dataset: Dataset, folder: Path) -> PyTree:
@@ -167,9 +188,7 @@ def store(settings: Settings, dtype: str, variables: PyTree, dataset: Dataset) -
 
 def effects_of(settings: Settings, stored: Stored) -> list[BitEffect]:
     """What each bit does to the weights that get faults."""
-    named = zip(leaf_paths(stored.words), jax.tree.leaves(stored.words), strict=True)
-    chosen = [leaf for name, leaf in named if fnmatch.fnmatchcase(name, settings.paths)]
-    return bit_effects(stored_weights(chosen))
+    return bit_effects(stored_weights(weight_leaves(settings.paths, stored.words)))
 
 
 def flip_bit(

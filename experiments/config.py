@@ -75,8 +75,6 @@ class Config:
         for name in _COUNTS:
             self._require(name, getattr(self, name) >= 0, "integers >= 0")
         self._require("campaign_batch_size", self.campaign_batch_size >= 1, "integers >= 1")
-        # JAX takes the low 32 bits: a larger seed would be another one in disguise.
-        self._require("seed", 0 <= self.seed < 2**32, "integers >= 0 and < 2**32")
         self._require_one_source_of_faults()
         sample_size(1, self.margin, self.t, self.p)  # raises for those out of range
         self.training(self.alpha).validate()

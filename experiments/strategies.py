@@ -24,9 +24,11 @@ _LETTERS = {"learning_rate": "lr", "alpha": "a", "epochs": "e", "seed": "s"}
 
 
 class Strategy(NamedTuple):
-    """One way to train, and its name: of folders, table rows and legends."""
+    """One training, and its name: of folders, table rows and legends."""
 
     name: str
+    recipe: str
+    """The name without the seed: strategies of one recipe are trainings by chance different."""
     config: TrainConfig
 
 
@@ -39,14 +41,14 @@ def list_strategies(sweeps: Sequence[str], base: TrainConfig) -> list[Strategy]:
     >>> [strategy.name for strategy in list_strategies(sweeps, TrainConfig(schedule="constant"))]
     ['sgd-constant-b64-wd0', 'adam-constant-b64-wd0', 'sgd-constant-b64-wd0.005']
     """
-    strategies: dict[str, Strategy] = {}
+    strategies: dict[TrainConfig, Strategy] = {}
     for sweep in sweeps or [""]:
         values = parse_sweep(sweep)
         for combination in itertools.product(*values.values()):
             config = dataclasses.replace(base, **dict(zip(values, combination, strict=True)))
             config.validate()
-            name = name_of(config, base)
-            strategies.setdefault(name, Strategy(name, config))
+            recipe = name_of(dataclasses.replace(config, seed=base.seed), base)
+            strategies[config] = Strategy(name_of(config, base), recipe, config)
     return list(strategies.values())
 
 
@@ -69,12 +71,18 @@ def parse_sweep(text: str) -> dict[str, list[Any]]:
 def name_of(config: TrainConfig, base: TrainConfig) -> str:
     """The four settings of the study, and any other that differs from `base`."""
     parts = [config.optimizer, config.schedule]
-    parts += [f"b{config.batch_size}", f"wd{config.weight_decay:g}"]
+    parts += [f"b{config.batch_size}", f"wd{_digits(config.weight_decay)}"]
     for setting, letters in _LETTERS.items():
         value = getattr(config, setting)
         if value != getattr(base, setting):
-            parts.append(f"{letters}{value:g}")
+            parts.append(f"{letters}{_digits(value)}")
     return "-".join(parts)
+
+
+def _digits(value: float) -> str:
+    """As many digits as tell a number from all others, so that no two settings share a name."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def groups(strategies: Sequence[Strategy], most: int) -> list[list[Strategy]]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags
 from flax import linen as nn
 
 from experiments.command import run_command, workdir_from
 from experiments.config import config_from_flags, define_flags, parse_flags
-from jaxfi.faults import PyTree
+from jaxfi.data import Dataset
+from jaxfi.faults import PyTree, leaf_paths
+from jaxfi.models import MODELS
 from jaxfi.slicing import ApplyFn
 
 
@@ -30,6 +34,30 @@ def require(settings: Any, name: str, condition: bool, allowed: str) -> None:
     """Raises ValueError, in one line, for a setting that is not allowed."""
     if not condition:
         raise ValueError(f"{name} is {getattr(settings, name)!r}; allowed: {allowed}")
+
+
+def weight_leaves(paths: str, variables: PyTree) -> list[Any]:
+    """The arrays whose elements are weights: those whose path matches the pattern."""
+    named = zip(leaf_paths(variables), jax.tree.leaves(variables), strict=True)
+    return [leaf for name, leaf in named if fnmatch.fnmatchcase(name, paths)]
+
+
+def require_weights(settings: Any, name: str, most: int, variables: PyTree) -> None:
+    """Raises ValueError if the setting called `name` asks for more faults than there are weights.
+
+    `variables` may be their shapes.
+    """
+    chosen = weight_leaves(settings.paths, variables)
+    require(settings, "paths", bool(chosen), f"patterns of {', '.join(leaf_paths(variables))}")
+    number = sum(leaf.size for leaf in chosen)
+    require(settings, name, most <= number, f"up to the {number:,} weights of this network")
+
+
+def initial_shapes(model: str, dataset: Dataset) -> PyTree:
+    """Shapes and dtypes of the network's variables, none of which is computed."""
+    module = MODELS[model](num_classes=dataset.num_classes)
+    image = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), image)
 
 
 def integers(settings: Any, name: str) -> list[int]:

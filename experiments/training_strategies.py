@@ -1,8 +1,8 @@
 """How does the way of training change a network's reliability? Optimizers, schedules, and decays.
 
 Every strategy of the --sweep flags is trained, those that differ only in numbers together; then
-weights read as zero, cumulatively, the same ones in every network. Writes training.csv,
-accuracy_by_injections.csv, summary.csv, the tables of `jaxfi.report.study_tables`, and the figures.
+weights read as zero, cumulatively, the same ones in every network. Logs training.csv, summary.csv,
+networks.csv and accuracy_by_injections.csv; `jaxfi.report.study` makes tables and figures of them.
 
     python -m experiments.training_strategies \\
         --flagfile=experiments/flags/training_strategies_smoke.flags --workdir=runs/strategies
@@ -11,7 +11,7 @@ accuracy_by_injections.csv, summary.csv, the tables of `jaxfi.report.study_table
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,35 @@ from absl import logging
 from experiments.config import check_same_config, claim_workdir, setting
 from experiments.gr import load_images
 from experiments.strategies import Strategy, groups, list_strategies
-from experiments.study import apply_function, require, run_from_flags
+from experiments.study import (
+    apply_function,
+    initial_shapes,
+    require,
+    require_weights,
+    run_from_flags,
+)
 from jaxfi.augment import AffineRanges
 from jaxfi.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
-from jaxfi.cumulative import cumulative_accuracy, draw_trials
+from jaxfi.cumulative import counts_of_range, cumulative_accuracy, draw_trials
 from jaxfi.data import DATASETS, Dataset, first_test_images, normalise
 from jaxfi.faults import PyTree
 from jaxfi.files import read_csv, write_csv
 from jaxfi.models import MODELS
 from jaxfi.outcomes import NAN_POLICIES
-from jaxfi.report.study import (
+from jaxfi.report.study import write_study
+from jaxfi.report.study_logs import (
     INJECTION_COLUMNS,
+    NETWORK_COLUMNS,
     SUMMARY_COLUMNS,
     TRAINING_COLUMNS,
-    write_figures,
 )
-from jaxfi.report.study_tables import write_tables
 from jaxfi.sharpness import loss_surface
 from jaxfi.training import EpochRecord, TrainConfig
 from jaxfi.training.convolution import with_matmul_convolutions
+from jaxfi.training.loop import split
 from jaxfi.training.sweep import Member, train_sweep
+
+Rows = list[list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +100,8 @@ class Settings:
             require(self, name, getattr(self, name) >= 0, "integers >= 0")
         known = all(text in ("last", "best") or text.isdecimal() for text in self.injected_epochs)
         require(self, "injected_epochs", known, "last, best, and numbers of kept epochs")
-        self.counts()
+        self.list_ranges()
+        self.base().validate()
         for strategy in list_strategies(self.sweep, self.base()):
             self._require_kept(strategy.config.epochs)
 
@@ -109,15 +119,14 @@ class Settings:
         augment = AffineRanges() if self.augment else None
         return TrainConfig(optimizer="sgd", augment=augment, **given)
 
+    def list_ranges(self) -> list[range]:
+        """The numbers of faults of each range."""
+        require(self, "ranges", bool(self.ranges), "one or more, as 10000/1000")
+        return [counts_of_range(text) for text in self.ranges]
+
     def counts(self) -> list[int]:
         """Numbers of faults, rising from 0: of all ranges together, since trials are nested."""
-        counts = {0}
-        for text in self.ranges:
-            most, _, step = text.partition("/")
-            readable = most.isdecimal() and step.isdecimal() and 0 < int(step) <= int(most)
-            require(self, "ranges", readable, "most/step, as 10000/1000")
-            counts.update(range(int(step), int(most) + 1, int(step)))
-        return sorted(counts)
+        return sorted(set().union(*self.list_ranges()))
 
 
 def run(settings: Settings, workdir: Path) -> None:
@@ -129,15 +138,28 @@ def run(settings: Settings, workdir: Path) -> None:
     check_same_config(settings, workdir)
     dataset = load_images(settings)  # type: ignore[arg-type]
     strategies = list_strategies(settings.sweep, settings.base())
+    check_sizes(settings, strategies, dataset)
     claim_workdir(settings, workdir)
     members: dict[str, Member] = {}
     for group in groups(strategies, settings.members_together):
         members.update(train_group(settings, group, dataset, workdir))
         write_training(members, workdir)
-    inject_all(settings, members, dataset, workdir)
-    write_summary(settings, members, dataset, workdir)
-    write_tables(workdir)
-    write_figures(workdir)
+    write_summary(strategies, members, workdir)
+    with jax.default_matmul_precision("highest"):
+        inject_all(settings, members, dataset, workdir)
+        measure_all(settings, members, dataset, workdir)
+    write_study(workdir)
+
+
+def check_sizes(settings: Settings, strategies: Sequence[Strategy], dataset: Dataset) -> None:
+    """Raises ValueError for more images or faults than there are, before any training."""
+    for strategy in strategies:
+        split(dataset, strategy.config)
+    available = len(dataset.train_labels)
+    enough = settings.surface_images <= available
+    require(settings, "surface_images", enough, f"up to {available} training images")
+    most = max(counts[-1] for counts in settings.list_ranges())
+    require_weights(settings, "ranges", most, initial_shapes(settings.model, dataset))
 
 
 def train_group(
@@ -198,55 +220,78 @@ def kept_networks(settings: Settings, folder: Path) -> dict[int, PyTree]:
     return networks
 
 
+def write_summary(
+    strategies: Sequence[Strategy], members: dict[str, Member], workdir: Path
+) -> None:
+    """summary.csv: what each training came to."""
+    rows = []
+    for name, recipe, config in strategies:
+        history, diverged_at = members[name].history, members[name].diverged_at
+        best, last = max(history, key=lambda record: record.test_accuracy), history[-1]
+        diverged = diverged_at[0] if diverged_at else None
+        rows.append([name, recipe, config.seed, last.epoch, best.test_accuracy, best.epoch,
+                     last.test_accuracy, diverged])  # fmt: skip
+    write_csv(workdir / "summary.csv", SUMMARY_COLUMNS, rows)
+
+
 def inject_all(
     settings: Settings, members: dict[str, Member], dataset: Dataset, workdir: Path
 ) -> None:
-    """accuracy_by_injections.csv, network by network; networks that it has are left alone."""
-    path = workdir / "accuracy_by_injections.csv"
-    stored = read_csv(path, INJECTION_COLUMNS) if path.exists() else []
-    rows: list[Any] = [list(row.values()) for row in stored]
-    done = {(row["strategy"], row["epoch"]) for row in stored}
+    """accuracy_by_injections.csv: the same faults in every network."""
     images, labels = first_test_images(dataset, settings.num_images)
     apply_fn = apply_function(MODELS[settings.model](num_classes=dataset.num_classes))
-    counts, trials = settings.counts(), None
-    for name in _sound(members):
-        for epoch, variables in kept_networks(settings, workdir / "networks" / name).items():
-            if (name, str(epoch)) in done:
-                continue
-            trials = trials or draw_trials(
-                settings.seed, variables, counts[-1], settings.trials, paths=settings.paths
-            )
-            with jax.default_matmul_precision("highest"):
-                result = cumulative_accuracy(
-                    apply_fn, variables, trials, counts, images, labels, nan=settings.nan,
-                    batch_size=settings.injection_batch_size,
-                    trials_together=settings.trials_together,
-                )  # fmt: skip
-            for (trial, step), accuracy in np.ndenumerate(result.accuracy):
-                rows.append([name, epoch, trial, counts[step], float(accuracy)])
-            write_csv(path, INJECTION_COLUMNS, rows)
+    counts, shapes = settings.counts(), initial_shapes(settings.model, dataset)
+    trials = draw_trials(settings.seed, shapes, counts[-1], settings.trials, paths=settings.paths)
+
+    def rows_of(name: str, epoch: int, variables: PyTree) -> Rows:
+        result = cumulative_accuracy(
+            apply_fn, variables, trials, counts, images, labels, nan=settings.nan,
+            batch_size=settings.injection_batch_size,
+            trials_together=settings.trials_together,
+        )  # fmt: skip
+        return [
+            [name, epoch, trial, counts[step], float(accuracy)]
+            for (trial, step), accuracy in np.ndenumerate(result.accuracy)
+        ]
+
+    path = workdir / "accuracy_by_injections.csv"
+    add_missing(path, INJECTION_COLUMNS, settings, members, rows_of)
 
 
-def _sound(members: dict[str, Member]) -> list[str]:
-    """Strategies that ended in numbers: a diverged network has no accuracy to lose."""
-    return [name for name, member in members.items() if member.diverged_at is None]
-
-
-def write_summary(
+def measure_all(
     settings: Settings, members: dict[str, Member], dataset: Dataset, workdir: Path
 ) -> None:
-    """summary.csv: what each training came to, and the loss surface around its last weights."""
+    """networks.csv: what may predict a network's reliability, of the epochs that get faults."""
     surface = surface_function(settings, dataset)
-    rows = []
-    for name, member in members.items():
-        best = max(member.history, key=lambda record: record.test_accuracy)
-        last = member.history[-1]
-        found = (None, None) if member.diverged_at else surface(member.variables)
-        diverged = member.diverged_at[0] if member.diverged_at else None
-        weights = (last.weight_mean, last.weight_std, last.weight_l2)
-        rows.append([name, last.epoch, best.test_accuracy, best.epoch, last.test_accuracy,
-                     diverged, *weights, *found])  # fmt: skip
-    write_csv(workdir / "summary.csv", SUMMARY_COLUMNS, rows)
+
+    def rows_of(name: str, epoch: int, variables: PyTree) -> Rows:
+        record = members[name].history[epoch - 1]
+        statistics = (record.weight_mean, record.weight_std, record.weight_l2)
+        return [[name, epoch, record.test_accuracy, *statistics, *surface(variables)]]
+
+    add_missing(workdir / "networks.csv", NETWORK_COLUMNS, settings, members, rows_of)
+
+
+def add_missing(
+    path: Path,
+    columns: Sequence[str],
+    settings: Settings,
+    members: dict[str, Member],
+    rows_of: Callable[[str, int, PyTree], Rows],
+) -> None:
+    """Adds `rows_of(strategy, epoch, variables)` of each network with faults that a table lacks.
+
+    A member that diverged has no accuracy to lose: it gets no faults.
+    """
+    stored = read_csv(path, columns) if path.exists() else []
+    rows: Rows = [list(row.values()) for row in stored]
+    done = {(row["strategy"], row["epoch"]) for row in stored}
+    for name in [name for name, member in members.items() if member.diverged_at is None]:
+        for epoch, variables in kept_networks(settings, path.parent / "networks" / name).items():
+            if (name, str(epoch)) not in done:
+                rows += rows_of(name, epoch, variables)
+                write_csv(path, columns, rows)
+    write_csv(path, columns, rows)  # also where there is none, an empty one
 
 
 def surface_function(settings: Settings, dataset: Dataset) -> Any:

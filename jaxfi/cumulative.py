@@ -37,6 +37,21 @@ class CumulativeResult(NamedTuple):
     num_non_finite: np.ndarray
 
 
+def counts_of_range(text: str) -> range:
+    """Numbers of faults from 0 on: "10000/1000" goes to 10,000 in steps of 1,000.
+
+    Raises ValueError unless the text is most/step, integers with 0 < step <= most.
+
+    >>> [*counts_of_range("10/4")]
+    [0, 4, 8]
+    """
+    most, _, step = text.partition("/")
+    readable = most.isdecimal() and step.isdecimal() and 0 < int(step) <= int(most)
+    if not readable:
+        raise ValueError(f"a range is {text!r}; allowed: most/step, as 10000/1000")
+    return range(0, int(most) + 1, int(step))
+
+
 def draw_trials(
     key: int,
     params: PyTree,

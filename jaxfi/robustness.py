@@ -7,7 +7,6 @@ networks of different clean accuracy: no mean is subtracted, which depends on wh
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,8 +15,9 @@ import numpy as np
 
 from jaxfi.outcomes import Estimate
 
-_EXACT_UP_TO = 16  # trials: 65,536 patterns of signs
+_EXACT_UP_TO = 40  # trials: two halves of a million patterns of signs each
 _RANDOM_PATTERNS = 100_000
+_ROUNDING = 1e-12  # of sums of the same numbers in another order, relative to them
 
 
 class PairedTest(NamedTuple):
@@ -29,6 +29,21 @@ class PairedTest(NamedTuple):
     """
 
     difference: Estimate
+    p_value: float
+
+
+class GroupTest(NamedTuple):
+    """Whether groups differ by more than their members do.
+
+    Attributes:
+      share: of the sum of squares around the common mean, what lies between the groups (η²). By
+        chance alone it is about (groups - 1) / (members - 1).
+      within: standard deviation of members around their group's mean, pooled.
+      p_value: of the hypothesis that it does not matter who is in which group.
+    """
+
+    share: float
+    within: float
     p_value: float
 
 
@@ -72,8 +87,9 @@ def paired_test(
 ) -> PairedTest:
     """Compares [T] values of two networks under the same T fault lists, by flipping signs.
 
-    The p-value is exact up to 16 trials (Fisher's randomization test), and from 100,000 random
-    patterns of signs beyond. With T trials it cannot be below 2 / 2**T.
+    The p-value is the share of all 2**T patterns of signs that move the mean as far (Fisher's
+    randomization test), so it cannot be below 2 / 2**T. It is exact up to 40 trials, and from
+    100,000 random patterns beyond. `seed` is of those, and of the interval's resamples.
 
     Raises ValueError for other numbers of trials.
 
@@ -83,20 +99,73 @@ def paired_test(
     if len(first) != len(second) or len(first) == 0:
         raise ValueError(f"cannot pair {len(first)} trials with {len(second)}: allowed is T = T")
     difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-    means = _signs(len(difference), seed) @ difference / len(difference)
-    as_far = np.abs(means) >= abs(difference.mean()) * (1 - 1e-12)
-    return PairedTest(
-        bootstrap_mean(difference, confidence=confidence, seed=seed), float(as_far.mean())
+    interval = bootstrap_mean(difference, confidence=confidence, seed=seed)
+    # As far is as far also where rounding makes it less.
+    far = abs(difference.sum()) - _ROUNDING * np.abs(difference).sum()
+    if len(difference) > _EXACT_UP_TO:
+        return PairedTest(interval, _share_of_random_signs(difference, far, seed))
+    return PairedTest(interval, _share_of_signs(difference, far))
+
+
+def _share_of_signs(values: np.ndarray, far: float) -> float:
+    """Share of the 2**T patterns of signs for which the sum's magnitude is `far` or more.
+
+    All sums of one half of the values meet those of the other, sorted: 2**(T/2) of each.
+    """
+    if far <= 0:
+        return 1.0
+    half = len(values) // 2
+    first, second = _signed_sums(values[:half]), np.sort(_signed_sums(values[half:]))
+    above = len(second) - np.searchsorted(second, far - first, side="left")
+    return 2 * int(above.sum()) / 2 ** len(values)  # a sum below -far is one above it mirrored
+
+
+def _signed_sums(values: np.ndarray) -> np.ndarray:
+    """[2**n] sums of n values, with every pattern of signs."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums + value, sums - value])
+    return sums
+
+
+def _share_of_random_signs(values: np.ndarray, far: float, seed: int) -> float:
+    """The same by random patterns, of which the one seen counts as one."""
+    signs = np.random.default_rng(seed).choice([1.0, -1.0], (_RANDOM_PATTERNS - 1, len(values)))
+    return (1 + int((np.abs(signs @ values) >= far).sum())) / _RANDOM_PATTERNS
+
+
+def group_test(
+    groups: Sequence[Sequence[float]], *, num_permutations: int = 100_000, seed: int = 0
+) -> GroupTest:
+    """One-way analysis of variance by permutation: do groups differ more than their members do?
+
+    The p-value is from `num_permutations` random ways to put the members into groups of these
+    sizes, of which the one seen counts as one.
+
+    Raises ValueError unless there are two groups or more, one of them with two members or more.
+
+    >>> test = group_test([[1.0, 2.0], [5.0, 6.0]])
+    >>> round(test.share, 3), round(test.within, 3), round(test.p_value, 2)
+    (0.941, 0.707, 0.33)
+    """
+    sizes = [len(group) for group in groups]
+    if len(sizes) < 2 or min(sizes) < 1 or max(sizes) < 2:
+        raise ValueError(f"groups have {sizes} members: allowed are two groups, one of two members")
+    values = np.concatenate([np.asarray(group, np.float64) for group in groups])
+    values = values - values.mean()
+    starts = np.cumsum([0, *sizes[:-1]])
+
+    def between(members: np.ndarray) -> np.ndarray:
+        return (np.add.reduceat(members, starts, axis=-1) ** 2 / np.array(sizes)).sum(axis=-1)
+
+    seen, total = float(between(values)), float(values @ values)
+    orders = np.random.default_rng(seed).permuted(
+        np.broadcast_to(values, (num_permutations - 1, len(values))), axis=1
     )
-
-
-def _signs(length: int, seed: int) -> np.ndarray:
-    """[patterns, length] of 1 and -1; the first of the random ones is the pattern seen."""
-    if length <= _EXACT_UP_TO:
-        return np.array(list(itertools.product((1.0, -1.0), repeat=length)))
-    signs = np.random.default_rng(seed).choice([1.0, -1.0], (_RANDOM_PATTERNS, length))
-    signs[0] = 1
-    return signs
+    as_far = (between(orders) >= seen - _ROUNDING * total).sum()
+    within = math.sqrt(max(total - seen, 0.0) / (len(values) - len(sizes)))
+    share = seen / total if total > 0 else math.nan
+    return GroupTest(share, within, (1 + int(as_far)) / num_permutations)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -120,13 +189,15 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], t: float = 2.58) ->
       x, y: n numbers each; ties share their mean rank.
       t: cut-off of the normal distribution; 2.58 is 99 % confidence.
 
-    Where x or y is constant ρ is NaN; below 4 pairs the interval is all of [-1, 1].
+    Where x or y is constant or empty ρ is NaN; below 4 pairs the interval is all of [-1, 1].
 
     >>> round(rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]).value, 2)
     0.8
     """
     if len(x) != len(y):
         raise ValueError(f"cannot correlate {len(x)} numbers with {len(y)}: allowed is n = n")
+    if len(x) == 0:
+        return Estimate(math.nan, -1.0, 1.0)
     ranks = [_ranks(np.asarray(values, np.float64)) for values in (x, y)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = math.sqrt(float(centred[0] @ centred[0]) * float(centred[1] @ centred[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import re
 import struct
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import linen as nn
 
 from experiments import bit_sensitivity, training_strategies
@@ -20,10 +22,22 @@ from experiments.config import read_flagfile
 from experiments.strategies import groups, list_strategies, parse_sweep
 from jaxfi.bit_effects import bit_effects, stored_weights
 from jaxfi.checkpoint import load_checkpoint, load_variables
+from jaxfi.data import load_dataset
 from jaxfi.models import MODELS
 from jaxfi.models.layers import convolution, dense
-from jaxfi.report.study import by_bit, by_injections, range_ends, training_curves, write_figures
-from jaxfi.report.study_tables import pair_rows, read_curves, robustness_rows
+from jaxfi.report.study import write_study
+from jaxfi.report.study_figures import areas, by_bit, by_injections, training_curves
+from jaxfi.report.study_logs import ROBUSTNESS_COLUMNS, logged_ranges
+from jaxfi.report.study_tables import (
+    Curve,
+    correlation_rows,
+    effect_rows,
+    pair_rows,
+    read_curves,
+    robustness_rows,
+    seed_rows,
+    write_tables,
+)
 from jaxfi.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -107,10 +121,35 @@ def test_a_diverged_strategy_is_a_result(finished):
     summary = {row["strategy"]: row for row in table(finished / "summary.csv")}
     assert summary[NAMES[2]]["diverged_epoch"] == "1"
     assert summary[NAMES[0]]["diverged_epoch"] == ""
-    assert summary[NAMES[2]]["sharpness"] == ""
-    assert float(summary[NAMES[0]]["gradient_norm"]) > 0
-    injected = {row["strategy"] for row in table(finished / "accuracy_by_injections.csv")}
-    assert injected == set(NAMES[:2])
+    for name in ("accuracy_by_injections.csv", "networks.csv"):
+        assert {row["strategy"] for row in table(finished / name)} == set(NAMES[:2])
+
+
+def test_what_may_predict_reliability_is_of_the_epoch_that_gets_faults(finished):
+    networks = {(row["strategy"], row["epoch"]): row for row in table(finished / "networks.csv")}
+    assert set(networks) == {(name, epoch) for name in NAMES[:2] for epoch in ("2", "3")}
+    training = {(row["strategy"], row["epoch"]): row for row in table(finished / "training.csv")}
+    for network, row in networks.items():
+        for column in ("test_accuracy", "weight_mean", "weight_std", "weight_l2"):
+            assert row[column] == training[network][column]
+    dataset = load_dataset("digits")
+    pixels = torch.tensor(dataset.train_images[:8] / 255 - 0.5).permute(0, 3, 1, 2) / 0.5
+    variables = load_variables(finished / "networks" / NAMES[0] / "2")["params"]
+    leaves = {
+        f"{layer}/{name}": torch.tensor(np.asarray(leaf, np.float64), requires_grad=True)
+        for layer, named in variables.items()
+        for name, leaf in named.items()
+    }
+    features = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(pixels, [1] * 4), leaves["conv/kernel"].permute(3, 2, 0, 1),
+        leaves.get("conv/bias"), stride=4,
+    )  # fmt: skip
+    logits = torch.relu(features).amax((2, 3)) @ leaves["fc/kernel"] + leaves["fc/bias"]
+    labels = torch.tensor(dataset.train_labels[:8]).long()
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    norm = torch.sqrt(sum((leaf.grad**2).sum() for leaf in leaves.values()))
+    found = float(networks[NAMES[0], "2"]["gradient_norm"])
+    assert found == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_injections_are_as_the_contract_says(finished):
@@ -130,18 +169,19 @@ def test_injections_are_as_the_contract_says(finished):
 
 def test_tables_and_figures(finished):
     for stem in ("training_curves", "training_losses", "weight_statistics", "accuracy_by_epoch",
-                 "accuracy_by_injections", "accuracy_minus_mean"):  # fmt: skip
+                 "accuracy_by_injections", "accuracy_minus_mean", "areas"):  # fmt: skip
         assert {path.suffix for path in finished.glob(f"{stem}.*")} >= {".pdf", ".svg", ".png"}
     assert len(table(finished / "robustness.csv")) == 2 * 2 * 2  # strategies, epochs, ranges
     pairs = table(finished / "paired_tests.csv")
     assert len(pairs) == 3 * 2  # between the two, within each; ranges
     assert all(float(row["p_value"]) <= float(row["p_holm"]) for row in pairs)
+    assert {row["num_tests"] for row in pairs} == {"6"}
     assert {row["members"] for row in table(finished / "correlations.csv")} == {"all", "learned"}
 
 
 def test_figures_are_drawn_again_by_one_command(finished, tmp_path):
-    table_name = "accuracy_by_injections.csv"
-    (tmp_path / table_name).write_bytes((finished / table_name).read_bytes())
+    for name in ("accuracy_by_injections.csv", "config.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
     done = subprocess.run(
         [sys.executable, "-m", "jaxfi.report.study", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -150,7 +190,17 @@ def test_figures_are_drawn_again_by_one_command(finished, tmp_path):
     for name in ("accuracy_by_epoch.svg", "accuracy_minus_mean.svg"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     with pytest.raises(FileNotFoundError, match=r"has no training\.csv"):
-        write_figures(ROOT / "tests")
+        write_study(ROOT / "tests")
+
+
+def test_tables_are_made_again_of_the_logs(finished, tmp_path):
+    made = ("robustness", "paired_tests", "correlations", "seeds", "recipe_effect")
+    logs = ("accuracy_by_injections.csv", "summary.csv", "networks.csv", "config.json")
+    for name in logs:
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    write_tables(tmp_path)
+    for name in made:
+        assert (tmp_path / f"{name}.csv").read_bytes() == (finished / f"{name}.csv").read_bytes()
 
 
 def test_running_again_trains_and_injects_nothing(finished, monkeypatch):
@@ -161,7 +211,8 @@ def test_running_again_trains_and_injects_nothing(finished, monkeypatch):
 
     monkeypatch.setattr(training_strategies, "cumulative_accuracy", never)
     monkeypatch.setattr(training_strategies, "save_checkpoint", never)
-    monkeypatch.setattr(training_strategies, "write_figures", lambda workdir: None)
+    monkeypatch.setattr(training_strategies, "surface_function", lambda *given: never)
+    monkeypatch.setattr("jaxfi.report.study.save_figure", lambda figure, stem: [])
     monkeypatch.setattr("jaxfi.training.sweep._Sweep.epoch", never)
     training_strategies.run(STRATEGIES, finished)
     assert {path: path.read_bytes() for path in finished.glob("*.csv")} == before
@@ -175,7 +226,18 @@ def test_running_again_trains_and_injects_nothing(finished, monkeypatch):
     ({"sweep": ("momentum=1",)}, "'momentum=1' is not one"),
     ({"sweep": ("batch_size=64,x",)}, "'batch_size=64,x' needs values of type int"),
     ({"sweep": ("optimizer=lion",)}, "optimizer is 'lion'; allowed: adadelta"),
-    ({"ranges": ["5/10"]}, r"ranges is \['5/10'\]; allowed: most/step"),
+    ({"sweep": ("batch_size=64,128",)}, "batch_size is 128; allowed: up to the 64 training images"),
+    ({"sweep": (f"seed={2**32}",)}, r"seed is 4294967296; allowed: integers >= 0 and < 2\*\*32"),
+    ({"seed": -1}, "seed is -1; allowed: integers >= 0"),
+    ({"batch_size": 65}, "batch_size is 65; allowed: up to 64 images"),
+    ({"held_out": 0.6}, "batch_size is 32; allowed: up to the 26 training images"),
+    ({"surface_images": 65}, "surface_images is 65; allowed: up to 64 training images"),
+    ({"num_images": 501}, "num_images is 501; allowed: up to 500 images"),
+    ({"ranges": ["20/10", "77/7"]}, "ranges is .*; allowed: up to the 76 weights of this network"),
+    ({"ranges": ["999999999999/1"]}, "ranges is .*; allowed: up to the 76 weights"),
+    ({"ranges": ["5/10"]}, "a range is '5/10'; allowed: most/step"),
+    ({"ranges": []}, r"ranges is \[\]; allowed: one or more"),
+    ({"paths": "*weight"}, r"paths is '\*weight'; allowed: patterns of params/conv/"),
     ({"injected_epochs": ["first"]}, "injected_epochs is .*; allowed: last, best"),
     ({"injected_epochs": ["99"]}, "injected_epochs is .*; allowed: last, best, every"),
     ({"trials": 0}, "trials is 0; allowed: integers >= 1"),
@@ -198,10 +260,20 @@ def test_sweeps_are_products_and_members_group_by_what_they_share():
         "sgd-plateau-b64-wd0-a0.1", "adam-plateau-b64-wd0", "adam-plateau-b64-wd0-a0.1",
         "sgd-constant-b64-wd0-e7-s2",
     ]  # fmt: skip
+    assert [s.recipe for s in strategies[-2:]] == ["adam-plateau-b64-wd0-a0.1",
+                                                   "sgd-constant-b64-wd0-e7"]  # fmt: skip
     found = [[member.name for member in group] for group in groups(strategies, 2)]
     assert [len(group) for group in found] == [2, 1, 1, 1, 1, 1]
     assert found[0] == ["sgd-constant-b64-wd0", "sgd-constant-b64-wd5e-07"]
     assert parse_sweep("") == {}
+
+
+def test_no_two_strategies_share_a_name():
+    sweep = "weight_decay=1e-5,1.0000001e-5 learning_rate=0.1,0.1000000001 seed=7,1234567,1234568"
+    strategies = list_strategies([sweep, sweep], TrainConfig())
+    assert len({strategy.config for strategy in strategies}) == 2 * 2 * 3
+    assert len({strategy.name for strategy in strategies}) == 2 * 2 * 3
+    assert len({strategy.recipe for strategy in strategies}) == 2 * 2
 
 
 def curve_rows() -> list[dict[str, str]]:
@@ -218,8 +290,8 @@ def curve_rows() -> list[dict[str, str]]:
 
 def test_areas_by_hand():
     curves = read_curves(curve_rows())
-    rows = robustness_rows(curves, [10])
-    assert [row[5] for row in rows] == pytest.approx([(0.75 + 1) / 2, (0.75 + 0.875) / 2])
+    rows = robustness_rows(curves, {"a": "a", "b": "b"}, [10])
+    assert [row[6] for row in rows] == pytest.approx([(0.75 + 1) / 2, (0.75 + 0.875) / 2])
     (pair,) = pair_rows(curves, [10])
     assert pair[:5] == ["a", 3, "b", 3, 10]
     assert pair[5] == pytest.approx((0 - 0.125) / 2)
@@ -230,7 +302,7 @@ def test_areas_by_hand():
 def test_curves_are_means_over_trials_and_bands_their_ends(minus_mean):
     mean = np.array([65, 60, 36.25]) if minus_mean else np.zeros(3)  # over both networks
     low_and_high = {"a": ([80, 60, 40], [80, 80, 80]), "b": ([50, 50, 0], [50, 50, 25])}
-    figure = by_injections(curve_rows(), minus_mean)
+    figure = by_injections(curve_rows(), [[0, 5, 10]], minus_mean)
     for axes, (low, high) in zip(figure.axes, low_and_high.values(), strict=True):
         (line,), (band,) = axes.lines, axes.collections
         np.testing.assert_array_equal(line.get_xdata(), [0, 5, 10])
@@ -258,12 +330,76 @@ def test_a_learning_rate_of_zero_is_drawn(finished):
     assert 0 < low < high
 
 
-def test_ranges_are_found_again():
-    settings = training_strategies.Settings()
-    assert settings.counts()[:3] == [0, 1000, 2000]
-    assert len(settings.counts()) == 20
-    assert range_ends(settings.counts()) == [10_000, 100_000]
-    assert range_ends([0, 5, 10]) == [10]
+def test_ranges_are_those_of_the_configuration(tmp_path):
+    assert len(training_strategies.Settings().counts()) == 20
+    texts = ["4/2", "9/3", "40/20"]
+    counts = training_strategies.Settings(ranges=texts).counts()
+    assert counts == [0, 2, 3, 4, 6, 9, 20, 40]
+    rows = [{"num_faults": str(count)} for count in counts]
+    assert logged_ranges(tmp_path, rows) == [counts]
+    (tmp_path / "config.json").write_text(json.dumps({"ranges": texts}))
+    assert logged_ranges(tmp_path, rows) == [[0, 2, 4], [0, 3, 6, 9], [0, 20, 40]]
+    with pytest.raises(ValueError, match="config.json names 40 faults, which no row"):
+        logged_ranges(tmp_path, rows[:-1])
+    for damaged in ("[]", "{", '{"ranges": ["3"]}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="names no ranges|a range is '3'"):
+            logged_ranges(tmp_path, rows)
+
+
+def two_seeds_each() -> tuple[list[Curve], dict[str, str]]:
+    """Two recipes of two seeds, and one that learned nothing."""
+    ends = {"a": 0.8, "a-s1": 0.6, "b": 0.4, "b-s1": 0.2, "c": 0.1, "c-s1": 0.1}
+    curves = [
+        Curve(name, 3, np.array([0, 10]), np.array([[0.8 if name[0] < "c" else 0.1, end]]))
+        for name, end in ends.items()
+    ]
+    return curves, {name: name[0] for name in ends}
+
+
+def test_seeds_by_hand():
+    curves, recipes = two_seeds_each()
+    rows = {row[0]: row[1:] for row in seed_rows(curves, recipes, [10])}
+    low, high = (1 + 0.6 / 0.8) / 2, 1.0
+    assert rows["a"][:2] == [10, 2]
+    expected = [(low + high) / 2, (high - low) / 2**0.5, low, high, 0.8, 0]
+    assert rows["a"][2:] == pytest.approx(expected)
+    ((most, num_recipes, num_networks, share, within, p_value),) = effect_rows(
+        curves, recipes, [10]
+    )
+    assert (most, num_recipes, num_networks) == (10, 2, 4)  # not the one that learned nothing
+    assert within == pytest.approx((high - low) / 2**0.5)
+    assert share == pytest.approx(0.8)  # of the areas 1, .875, .75, .625
+    assert p_value == pytest.approx(1 / 3, abs=0.01)
+    assert effect_rows(curves[:2], recipes, [10]) == []
+
+
+def test_correlations_are_with_the_network_that_got_the_faults():
+    curves, _ = two_seeds_each()
+    networks = [
+        {"strategy": curve.strategy, "epoch": epoch, "weight_std": str(sign * number)}
+        | dict.fromkeys(
+            ("test_accuracy", "weight_mean", "weight_l2", "gradient_norm", "sharpness"), "nan"
+        )
+        for epoch, sign in (("3", -1), ("8", 1))
+        for number, curve in enumerate(curves)
+    ]
+    rows = {(row[0], row[1]): row for row in correlation_rows(curves, networks, [10])}
+    assert rows["weight_std", "learned"][3] == pytest.approx(1)  # areas fall, and so do epoch 3's
+    assert rows["weight_std", "learned"][6] == 4
+    assert rows["sharpness", "all"][6] == 0
+
+
+def test_areas_are_drawn_a_line_a_recipe():
+    curves, recipes = two_seeds_each()
+    rows = [
+        {column: str(value) for column, value in zip(ROBUSTNESS_COLUMNS, row, strict=True)}
+        for row in robustness_rows(curves, recipes, [10])
+    ]
+    (axes,) = areas(rows).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    drawn = [sorted(line.get_xdata()) for line in axes.lines]
+    assert drawn == [pytest.approx(pair) for pair in ([0.875, 1], [0.625, 0.75], [1, 1])]
 
 
 def test_the_example_of_the_docs_runs():
@@ -376,19 +512,24 @@ def test_the_fields_of_a_word_are_marked(flipped):
 def test_bits_are_not_flipped_again(flipped, monkeypatch):
     before = (flipped / "accuracy_by_bit.csv").read_bytes()
     monkeypatch.setattr(bit_sensitivity, "cumulative_accuracy", None)
-    monkeypatch.setattr(bit_sensitivity, "write_figures", lambda workdir: None)
+    monkeypatch.setattr(bit_sensitivity, "write_study", lambda workdir: None)
     bit_sensitivity.run(BITS, flipped)
     assert (flipped / "accuracy_by_bit.csv").read_bytes() == before
     effects = table(flipped / "bit_effects.csv")
     assert len(effects) == 64 + 16 + 8
 
 
-def test_bad_bit_settings(tmp_path):
+def test_bad_bit_settings(tmp_path, finished):
     for change, message in (
         ({"dtypes": ["float8"]}, "dtypes is .'float8'.; allowed: float64"),
         ({"num_faults": ["10", "1"]}, "num_faults is .*; allowed: rising integers"),
         ({"num_faults": ["x"]}, "num_faults is .'x'.; allowed: integers >= 0"),
-    ):
+        ({"num_faults": ["77"]}, "num_faults is .'77'.; allowed: up to the 76 weights"),
+        ({"batch_size": 65}, "batch_size is 65; allowed: up to 64 images"),
+        ({"paths": "x"}, "paths is 'x'; allowed: patterns of params/conv/"),
+        ({"weights": str(finished / "networks" / NAMES[0] / "2"), "model": "lenet"},
+         "weights is .*; allowed: a lenet for digits; other leaves: params/conv1/"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             bit_sensitivity.run(dataclasses.replace(BITS, **change), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):

@@ -62,13 +62,15 @@ class TrainConfig:
             self._require(name, getattr(self, name) in names, ", ".join(names))
         for name in ("epochs", "batch_size", "decay_every", "test_batch_size"):
             self._require(name, getattr(self, name) >= 1, "integers >= 1")
-        for name in ("weight_decay", "alpha", "threshold", "patience", "checkpoint_every", "seed"):
+        for name in ("weight_decay", "alpha", "threshold", "patience", "checkpoint_every"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "finite numbers >= 0")
         for name in ("learning_rate", "gamma", "factor", "t_max"):
             value = getattr(self, name)
             positive = value is None or (math.isfinite(value) and value > 0)
             self._require(name, positive, "finite numbers > 0")
+        # JAX takes the low 32 bits: a larger seed would be another one in disguise.
+        self._require("seed", 0 <= self.seed < 2**32, "integers >= 0 and < 2**32")
         self._require("held_out", 0 <= self.held_out < 1, "numbers from 0 to below 1")
         if self.augment is not None:
             check_ranges(self.augment)
