@@ -4,6 +4,10 @@ A layer is named by the path of the module that holds its leaves. Its output is 
 forward hook on it would see: the result of the last operation that joins the layer's own leaves
 with what depends on the images (of a convolution with bias: after the bias, before the ReLU).
 
+A layer that the network calls several times has one set of neurons, as one piece of hardware has
+that computes them all: a fault hits every call, as a forward hook does. `neuron_outputs` can also
+name the calls apart, `conv1#1` and `conv1#2`, for faults that hit one of them.
+
 `neuron_outputs` gives the neurons as a tree, so that a `FaultList` can name them: a crashed neuron
 is the fault model "zero", a Byzantine one "value", and an output word can have a bit flipped or
 stuck. `inject_neurons` puts such faults into a traced network. `with_neuron_words` makes a network
@@ -22,8 +26,8 @@ whose neuron faults are faults in extra leaves, for `run_campaign`.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +47,7 @@ from jaxfi.faults import (
     word_dtype,
 )
 from jaxfi.slicing import ApplyFn, Network, bind, read, trace_network
-from jaxfi.sources import IMAGES, leaf_sources, sources_of
+from jaxfi.sources import IMAGES, inner_sources, leaf_sources, sources_of
 
 Neurons = dict[str, jax.ShapeDtypeStruct]
 """Shape and dtype of a layer's neurons by the layer's path, sorted as trees are."""
@@ -51,8 +55,23 @@ Neurons = dict[str, jax.ShapeDtypeStruct]
 _OVERRIDE, _FLIP = "override", "flip"
 
 
+class _Join(NamedTuple):
+    """An operation that joins leaves of a layer with what depends on the images."""
+
+    kind: str
+    leaves: frozenset[int]
+    output: core.Var | None
+    """None where a loop or a branch does it, somewhere inside."""
+
+
 def neuron_outputs(
-    apply_fn: ApplyFn, params: PyTree, images: Any, *, layers: str = "*", per_image: bool = False
+    apply_fn: ApplyFn,
+    params: PyTree,
+    images: Any,
+    *,
+    layers: str = "*",
+    per_image: bool = False,
+    by_call: bool = False,
 ) -> Neurons:
     """The neurons that can be faulty, as a tree for `FaultList` and `sample_faults`.
 
@@ -63,22 +82,50 @@ def neuron_outputs(
       layers: pattern (fnmatch) of layer paths.
       per_image: a leaf has the shape [batch, ...] of the layer's output, so that a fault names one
         image of the batch too; else that of one image's neurons, and a fault hits them for all.
+      by_call: a layer that is called several times has a leaf for each call, `conv1#1`, `conv1#2`;
+        else one for all calls, and a fault hits each of them.
 
-    Raises ValueError if no layer matches, or one that does has no leading axis of images.
+    Raises ValueError if no layer matches, or if one that does is called in a loop or branch, has
+    calls of several shapes (and not `by_call`), or has no leading axis of images.
     """
     network = trace_network(apply_fn, params, jax.ShapeDtypeStruct(images.shape, images.dtype))
-    outputs = {name: var for var, name in layer_outputs(network).items()}
+    outputs = layer_outputs(network)
     chosen = sorted(name for name in outputs if fnmatch.fnmatchcase(name, layers))
     if not chosen:
         raise ValueError(f"no layer matches {layers!r}: the layers are {', '.join(outputs)}")
+    found: dict[str, list[core.Var]] = {}
     for name in chosen:
-        if network.batch_axis[outputs[name]] != 0:
-            raise ValueError(f"the output of layer {name} does not have the images' axis first")
+        _check_outputs(name, outputs[name], network, by_call)
+        found |= dict(_named_calls(name, outputs[name])) if by_call else {name: outputs[name]}
     first = 0 if per_image else 1
-    avals: dict[str, Any] = {name: outputs[name].aval for name in chosen}
+    avals: dict[str, Any] = {name: calls[0].aval for name, calls in sorted(found.items())}
     return {
         name: jax.ShapeDtypeStruct(aval.shape[first:], aval.dtype) for name, aval in avals.items()
     }
+
+
+def _check_outputs(name: str, calls: list[core.Var], network: Network, by_call: bool) -> None:
+    """Raises ValueError where a layer's outputs cannot be faulty."""
+    if not calls:
+        raise ValueError(
+            f"layer {name} is called inside a loop or a branch, where its output has no name: "
+            "choose other layers"
+        )
+    if any(network.batch_axis[var] != 0 for var in calls):
+        raise ValueError(f"the output of layer {name} does not have the images' axis first")
+    shapes = sorted({str(var.aval.str_short()) for var in calls})
+    if len(shapes) > 1 and not by_call:
+        raise ValueError(
+            f"layer {name} is called {len(calls)} times, with outputs {' and '.join(shapes)}: "
+            "name its calls apart with by_call=True"
+        )
+
+
+def _named_calls(name: str, calls: list[core.Var]) -> list[tuple[str, list[core.Var]]]:
+    """The calls of a layer as layers of their own; a single call keeps the layer's name."""
+    if len(calls) == 1:
+        return [(name, calls)]
+    return [(f"{name}#{number}", [var]) for number, var in enumerate(calls, start=1)]
 
 
 def inject_neurons(
@@ -186,38 +233,77 @@ def with_random_values(faults: FaultList, seed: int, low: float, high: float) ->
 
 
 def transform_outputs(apply_fn: ApplyFn, change: Callable[[str, jax.Array], jax.Array]) -> ApplyFn:
-    """`apply_fn` with each layer's output replaced by `change(layer, output)`."""
+    """`apply_fn` with each layer's output replaced by `change(layer, output)`.
+
+    Of a layer that is called several times each call's is, first as the layer's, then as that of
+    `layer#1`, `layer#2` and so on.
+    """
 
     def changed(params: PyTree, images: jax.Array) -> jax.Array:
         shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
         network = trace_network(apply_fn, params, shape)
-        outputs = layer_outputs(network)
+        names = _names_of_outputs(network)
         leaves = zip(network.leaves, jax.tree.leaves(params), strict=True)
         env = {**network.given, **dict(leaves), network.image: images}
         for equation in network.equations:
             results = bind(equation, [read(env, value) for value in equation.invars])
             for var, result in zip(equation.outvars, results, strict=True):
-                env[var] = change(outputs[var], result) if var in outputs else result
+                for name in names.get(var, ()):
+                    result = change(name, result)
+                env[var] = result
         return read(env, network.output)
 
     return changed
 
 
-def layer_outputs(network: Network) -> Mapping[core.Var, str]:
-    """The variable that is each layer's output, with the layer's path.
+def _names_of_outputs(network: Network) -> dict[core.Var, list[str]]:
+    """What each layer's outputs go by."""
+    names: dict[core.Var, list[str]] = {}
+    for layer, calls in layer_outputs(network).items():
+        for name, (var,) in _named_calls(layer, calls):
+            names.setdefault(var, []).extend(dict.fromkeys((layer, name)))
+    return names
 
-    A leaf that is in no module is a layer of its own.
+
+def layer_outputs(network: Network) -> dict[str, list[core.Var]]:
+    """The output of each call of each layer, by the layer's path, calls in their order.
+
+    Layers are in the order of their first use. A leaf that is in no module is a layer of its own. A
+    layer that is used inside a loop or a branch has no outputs here.
     """
     sources = leaf_sources(network)
-    last: dict[str, core.Var] = {}
+    joins: dict[str, list[_Join]] = {}
     for equation in network.equations:
         operands = sources_of(equation.invars, sources)
+        if not any(IMAGES in source for source in operands):
+            continue
+        output = None if inner_sources(equation, operands) else equation.outvars[0]
         own = frozenset().union(*(source for source in operands if IMAGES not in source))
-        if any(IMAGES in source for source in operands):
-            for leaf in own:
-                path = network.paths[leaf]
-                last[path.rpartition("/")[0] or path] = equation.outvars[0]
-    return {var: layer for layer, var in last.items()}
+        for layer, leaves in _by_layer(own, network.paths).items():
+            joins.setdefault(layer, []).append(_Join(equation.primitive.name, leaves, output))
+    return {layer: _outputs_of_calls(found) for layer, found in joins.items()}
+
+
+def _by_layer(leaves: Iterable[int], paths: Sequence[str]) -> dict[str, frozenset[int]]:
+    layers: dict[str, frozenset[int]] = {}
+    for leaf in leaves:
+        layer = paths[leaf].rpartition("/")[0] or paths[leaf]
+        layers[layer] = layers.get(layer, frozenset()) | {leaf}
+    return layers
+
+
+def _outputs_of_calls(joins: Sequence[_Join]) -> list[core.Var]:
+    """The output of each call: its last join.
+
+    Every call does the same with the same leaves, so what is repeated is called several times.
+    """
+    outputs = [join.output for join in joins if join.output is not None]
+    if len(outputs) < len(joins):
+        return []
+    kinds = [(join.kind, join.leaves) for join in joins]
+    lengths = range(1, len(kinds) + 1)
+    call = next(n for n in lengths if kinds == kinds[:n] * (len(kinds) // n))
+    return outputs[call - 1 :: call]
 
 
 def _all_ones(dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

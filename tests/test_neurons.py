@@ -42,20 +42,24 @@ class TorchNetwork(torch.nn.Module):
         self.conv2 = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
         self.bn1 = torch.nn.BatchNorm2d(4)
         self.fc = torch.nn.Linear(4, 5)
-        state = {}
-        for name, leaves in variables["params"].items():
-            for leaf, value in leaves.items():
-                value = torch.tensor(np.asarray(value))
-                if leaf == "kernel":
-                    value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
-                state[f"{name}.{leaf if leaf == 'bias' else 'weight'}"] = value
-        self.load_state_dict(state, strict=False)
+        self.load_state_dict(torch_state(variables["params"]), strict=False)
         self.eval()
 
     def forward(self, x):
         x = torch.relu(self.conv1(x))
         x = torch.relu(self.bn1(self.conv2(x)))
         return self.fc(x.mean((2, 3)))
+
+
+def torch_state(params) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, leaves in params.items():
+        for leaf, value in leaves.items():
+            value = torch.tensor(np.asarray(value))
+            if leaf == "kernel":
+                value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+            state[f"{name}.{leaf if leaf == 'bias' else 'weight'}"] = value
+    return state
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +232,113 @@ def test_faults_of_single_images_run_through_a_campaign(variables, apply_fn, ima
     )
     changed = campaign.outcomes > 0
     np.testing.assert_array_equal(changed, np.eye(BATCH, dtype=bool))
+
+
+class Shared(nn.Module):
+    """A convolution that is called three times, twice without anything between."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = convolution(x, 3, name="stem", use_bias=True)
+        shared = nn.Conv(3, (3, 3), padding=1, name="shared")
+        x = shared(shared(nn.relu(shared(x))))
+        return dense(x.mean((1, 2)), 5, name="fc")
+
+
+class TorchShared(torch.nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(1, 3, 3, padding=1)
+        self.shared = torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.fc = torch.nn.Linear(3, 5)
+        self.load_state_dict(torch_state(params))
+
+    def forward(self, x):
+        x = self.shared(self.shared(torch.relu(self.shared(self.stem(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def shared() -> dict:
+    return Shared().init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))["params"]
+
+
+def apply_shared(params, images):
+    return Shared().apply({"params": params}, images)
+
+
+def hooked_call(params, images, index, call: int | None) -> np.ndarray:
+    """PyTorch's outputs where a hook writes 9 at `index`, in each call or in one, from 1."""
+    network, seen = TorchShared(params), []
+
+    def hook(module, inputs, output):
+        seen.append(output)
+        if call in (None, len(seen)):
+            row, column, channel = index
+            output[:, channel, row, column] = 9.0
+        return output
+
+    network.shared.register_forward_hook(hook)
+    with torch.no_grad():
+        outputs = network(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+    assert len(seen) == 3
+    return outputs
+
+
+@pytest.mark.parametrize("call", [None, 1, 2, 3])
+def test_a_layer_called_often_is_hit_in_each_call_or_in_one(call, shared, images):
+    neurons = neuron_outputs(apply_shared, shared, images, by_call=call is not None)
+    apart = [f"shared#{number}" for number in (1, 2, 3)]
+    assert [*neurons] == ["fc", *(["shared"] if call is None else apart), "stem"]
+    layer, index = "shared" if call is None else f"shared#{call}", (2, 5, 1)
+    faults = FaultList.from_sites([(layer, index, None)], neurons, model="value", value=9.0)
+    expected = hooked_call(shared, images, index, call)
+    faulty = inject_neurons(apply_shared, neurons, faults.fault(0))
+    np.testing.assert_allclose(faulty(shared, images), expected, rtol=1e-4, atol=1e-5)
+    words_fn, tree = with_neuron_words(apply_shared, shared, neurons)
+    labels = np.asarray(apply_shared(shared, images)).argmax(-1)
+    faults = neuron_faults(faults + faults, tree)
+    for engine in ("fast", "reference"):
+        campaign = run_campaign(words_fn, tree, faults, images, labels, engine=engine)
+        np.testing.assert_array_equal(campaign.outcomes[0] == 2, expected.argmax(-1) != labels)
+        assert (campaign.outcomes > 0).all()
+
+
+def test_calls_of_several_shapes_need_names_of_their_own():
+    params = {"shared": {"w": jnp.eye(2), "b": jnp.ones(2)}, "last": {"w": jnp.ones((2, 3))}}
+
+    def apply(params, images):
+        def shared(x):
+            x = x @ params["shared"]["w"]
+            return x + jnp.broadcast_to(params["shared"]["b"], x.shape)
+
+        return shared(shared(images).mean(1)) @ params["last"]["w"]
+
+    images = np.ones((4, 5, 2), np.float32)
+    shapes = r"float32\[4,2\] and float32\[4,5,2\]"
+    with pytest.raises(ValueError, match=f"shared is called 2 times, with outputs {shapes}: name"):
+        neuron_outputs(apply, params, images)
+    neurons = neuron_outputs(apply, params, images, by_call=True)
+    assert {name: shape.shape for name, shape in neurons.items()} == {
+        "last": (3,), "shared#1": (5, 2), "shared#2": (2,),
+    }  # fmt: skip
+    crash = FaultList.from_sites([("shared#1", (4, 0), None)], neurons, model="zero")
+    faulty = inject_neurons(apply, neurons, crash.fault(0))(params, images)
+    np.testing.assert_allclose(faulty, np.full((4, 3), (2 * 4 / 5 + 1) + 3), rtol=1e-6)
+
+
+def test_a_layer_in_a_loop_is_refused(images):
+    params = {"cell": {"w": jnp.eye(8) * 0.5}, "fc": {"w": jnp.ones((8, 5))}}
+
+    def apply(params, images):
+        x, _ = jax.lax.scan(
+            lambda x, _: (jnp.tanh(x @ params["cell"]["w"]), None), images[..., 0].sum(1), None, 3
+        )
+        return x @ params["fc"]["w"]
+
+    with pytest.raises(ValueError, match="layer cell is called inside a loop or a branch"):
+        neuron_outputs(apply, params, images)
+    assert [*neuron_outputs(apply, params, images, layers="f*")] == ["fc"]
 
 
 def test_errors_name_what_is_allowed(variables, apply_fn, images):

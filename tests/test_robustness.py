@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
 import jax
@@ -11,7 +12,14 @@ import pytest
 import scipy.stats
 import torch
 
-from jaxfi.robustness import bootstrap_mean, holm, paired_test, rank_correlation, relative_area
+from jaxfi.robustness import (
+    bootstrap_mean,
+    group_test,
+    holm,
+    paired_test,
+    rank_correlation,
+    relative_area,
+)
 from jaxfi.sharpness import loss_surface
 
 RNG = np.random.default_rng(0)
@@ -55,12 +63,59 @@ def test_paired_test_equals_scipys_exact_permutations(trials):
     assert ours.difference.value == pytest.approx(shift.mean())
 
 
+@pytest.mark.parametrize("trials", [1, 2, 15, 20, 31, 40])
+def test_paired_test_equals_a_count_of_all_signs(trials):
+    """Whole numbers, so that Python's own integers count the patterns of signs by their sum."""
+    shift = np.random.default_rng(trials).integers(-60, 100, trials)
+    patterns = collections.Counter({0: 1})
+    for value in shift.tolist():
+        grown: collections.Counter[int] = collections.Counter()
+        for total, count in patterns.items():
+            grown[total + value] += count
+            grown[total - value] += count
+        patterns = grown
+    far = abs(int(shift.sum()))
+    as_far = sum(count for total, count in patterns.items() if abs(total) >= far)
+    ours = paired_test(np.zeros(trials), shift / 1000)  # rounded: ties must stay ties
+    assert ours.p_value == as_far / 2**trials
+
+
+def test_networks_that_do_not_differ():
+    assert paired_test(np.ones(20), np.ones(20)) == ((0, 0, 0), 1)
+    assert paired_test(np.zeros(2), np.array([0.3, -0.3])).p_value == 1
+
+
 def test_paired_test_of_many_trials_is_close_to_students():
     shift = RNG.normal(0.3, 1, 60)
     ours = paired_test(np.zeros(60), shift)
     assert ours.p_value == pytest.approx(scipy.stats.ttest_1samp(shift, 0).pvalue, abs=0.01)
     with pytest.raises(ValueError, match="cannot pair 2 trials with 3"):
         paired_test(np.zeros(2), np.zeros(3))
+
+
+def test_group_test_equals_scipys_analysis_of_variance():
+    groups = [RNG.normal(mean, 1, size).tolist() for mean, size in ((0, 4), (1, 3), (0.4, 5))]
+    ours = group_test(groups)
+    f = scipy.stats.f_oneway(*groups)
+    assert ours.share == pytest.approx(1 / (1 + 9 / (2 * f.statistic)))
+    variances = [(len(group) - 1) * np.var(group, ddof=1) for group in groups]
+    assert ours.within == pytest.approx(math.sqrt(sum(variances) / 9))
+    theirs = scipy.stats.permutation_test(
+        groups, lambda *g, axis: scipy.stats.f_oneway(*g, axis=axis).statistic, n_resamples=20_000,
+        alternative="greater", vectorized=True, rng=0,
+    )  # fmt: skip
+    assert ours.p_value == pytest.approx(theirs.pvalue, abs=0.015)
+
+
+def test_groups_that_are_apart_or_alike():
+    assert group_test([[1, 1], [2, 2]])[:2] == (1, 0)
+    assert group_test([[1, 1], [2, 2]]).p_value == pytest.approx(1 / 3, abs=0.01)
+    alike = group_test([[1, 1], [1, 1]])
+    assert math.isnan(alike.share)
+    assert alike.p_value == 1
+    for groups in ([[1, 2]], [[1], [2]], [[1, 2], []]):
+        with pytest.raises(ValueError, match="allowed are two groups, one of two members"):
+            group_test(groups)
 
 
 def test_holm_by_its_definition():
@@ -91,6 +146,7 @@ def test_rank_correlation_at_its_ends():
     assert rank_correlation(range(9), range(9, 0, -1)).value == -1
     assert math.isnan(rank_correlation([1, 1, 1, 1], range(4)).value)
     assert rank_correlation([1, 2, 3], [1, 2, 3])[1:] == (-1, 1)
+    assert math.isnan(rank_correlation([], []).value)
     with pytest.raises(ValueError, match="cannot correlate 1 numbers with 2"):
         rank_correlation([1], [1, 2])
 
