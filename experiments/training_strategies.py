@@ -261,7 +261,7 @@ def inject_all(
 def measure_all(
     settings: Settings, members: dict[str, Member], dataset: Dataset, workdir: Path
 ) -> None:
-    """networks.csv: what may predict a network's reliability, of the epochs that get faults."""
+    """networks.csv: what may predict reliability, of each strategy's last network with faults."""
     surface = surface_function(settings, dataset)
 
     def rows_of(name: str, epoch: int, variables: PyTree) -> Rows:
@@ -269,7 +269,8 @@ def measure_all(
         statistics = (record.weight_mean, record.weight_std, record.weight_l2)
         return [[name, epoch, record.test_accuracy, *statistics, *surface(variables)]]
 
-    add_missing(workdir / "networks.csv", NETWORK_COLUMNS, settings, members, rows_of)
+    path = workdir / "networks.csv"
+    add_missing(path, NETWORK_COLUMNS, settings, members, rows_of, only_last=True)
 
 
 def add_missing(
@@ -278,18 +279,22 @@ def add_missing(
     settings: Settings,
     members: dict[str, Member],
     rows_of: Callable[[str, int, PyTree], Rows],
+    *,
+    only_last: bool = False,
 ) -> None:
     """Adds `rows_of(strategy, epoch, variables)` of each network with faults that a table lacks.
 
-    A member that diverged has no accuracy to lose: it gets no faults.
+    Of each strategy's last one only, if so asked. A member that diverged has no accuracy to lose:
+    it gets no faults.
     """
     stored = read_csv(path, columns) if path.exists() else []
     rows: Rows = [list(row.values()) for row in stored]
     done = {(row["strategy"], row["epoch"]) for row in stored}
     for name in [name for name, member in members.items() if member.diverged_at is None]:
-        for epoch, variables in kept_networks(settings, path.parent / "networks" / name).items():
+        networks = kept_networks(settings, path.parent / "networks" / name)
+        for epoch in [max(networks)] if only_last and networks else networks:
             if (name, str(epoch)) not in done:
-                rows += rows_of(name, epoch, variables)
+                rows += rows_of(name, epoch, networks[epoch])
                 write_csv(path, columns, rows)
     write_csv(path, columns, rows)  # also where there is none, an empty one
 

@@ -28,7 +28,7 @@ PREDICTORS = (
     "test_accuracy", "weight_mean", "weight_std", "weight_l2", "gradient_norm", "sharpness",
 )  # fmt: skip
 NETWORK_COLUMNS = ("strategy", "epoch", *PREDICTORS)
-"""What is known of a network that gets faults, of the very epoch that gets them."""
+"""What is known of a strategy's last network with faults: of that very epoch."""
 ROBUSTNESS_COLUMNS = (
     "strategy", "recipe", "epoch", "max_faults", "num_trials", "clean_accuracy", "area", "area_low",
     "area_high",
