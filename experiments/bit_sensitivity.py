@@ -84,7 +84,8 @@ class Settings:
             require(self, name, getattr(self, name) >= 1, "integers >= 1")
         for name in ("num_train_images", "num_images"):
             require(self, name, getattr(self, name) >= 0, "integers >= 0")
-        require(self, "dtypes", set(self.dtypes) <= {*DTYPES}, ", ".join(DTYPES))
+        known = len(self.dtypes) == len({*self.dtypes} & {*DTYPES}) > 0
+        require(self, "dtypes", known, f"once each, {', '.join(DTYPES)}")
         rising = integers(self, "num_faults")
         require(self, "num_faults", rising == sorted(set(rising)) != [], "rising integers")
         self.training().validate()

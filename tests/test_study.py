@@ -529,7 +529,9 @@ def test_bits_are_not_flipped_again(flipped, monkeypatch):
 
 def test_bad_bit_settings(tmp_path, finished):
     for change, message in (
-        ({"dtypes": ["float8"]}, "dtypes is .'float8'.; allowed: float64"),
+        ({"dtypes": ["float8"]}, "dtypes is .'float8'.; allowed: once each, float64"),
+        ({"dtypes": []}, r"dtypes is \[\]; allowed: once each"),
+        ({"dtypes": ["int8", "int8"]}, "dtypes is .*; allowed: once each"),
         ({"num_faults": ["10", "1"]}, "num_faults is .*; allowed: rising integers"),
         ({"num_faults": ["x"]}, "num_faults is .'x'.; allowed: integers >= 0"),
         ({"num_faults": ["77"]}, "num_faults is .'77'.; allowed: up to the 76 weights"),
