@@ -32,6 +32,7 @@ from experiments.study import (
 )
 from jaxfi.augment import AffineRanges
 from jaxfi.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from jaxfi.compilation import compiled
 from jaxfi.cumulative import counts_of_range, cumulative_accuracy, draw_trials
 from jaxfi.data import DATASETS, Dataset, first_test_images, normalise
 from jaxfi.faults import PyTree
@@ -309,7 +310,7 @@ def surface_function(settings: Settings, dataset: Dataset) -> Any:
     if jax.default_backend() == "cpu":
         apply_fn = with_matmul_convolutions(apply_fn)  # whose gradients are faster there
 
-    @jax.jit  # images are an argument: the compiler would spend minutes on a constant's patches
+    @compiled  # images are an argument: the compiler would spend minutes on a constant's patches
     def measure(variables: PyTree, images: jax.Array) -> Any:
         def loss_fn(params: PyTree) -> jax.Array:
             logits = apply_fn({**variables, "params": params}, images)

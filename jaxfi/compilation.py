@@ -10,8 +10,10 @@ import jax
 # A 16-bit network must round after every operation, wherever the compiler could keep 32 bits.
 _OPTIONS = {"xla_allow_excess_precision": False}
 # XLA's CPU library fuses whole stages of a network, and one convolution rounds differently in each:
-# allow it single matmuls. (Single convolutions are exact too, but slower: with the 32 channels of
-# LeNet's second layer, a fifth of the speed forward and a third in the kernel's gradient.)
+# allow it single matmuls. It also loses NaN in a ReLU that it fuses with the mean behind it, as at
+# the end of a ResNet (tests/test_cumulative.py). (Single convolutions are exact too, but slower:
+# with the 32 channels of LeNet's second layer, a fifth of the speed forward and a third in the
+# kernel's gradient.)
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 

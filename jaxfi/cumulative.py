@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfi.compilation import compiled
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import Fault, PyTree, inject
 from jaxfi.outcomes import checked_nan_policy, judge
@@ -129,6 +130,7 @@ def cumulative_accuracy(
     _check_counts(counts, trials)
     params = jax.tree.map(jnp.asarray, params)
     batches = _batches(images, labels, batch_size)
+    count = _counting_program(apply_fn, nan)
 
     def run(together: Sequence[FaultList]) -> np.ndarray:
         """[trials, S, 2] counts, of trials that run together."""
@@ -137,7 +139,7 @@ def cumulative_accuracy(
         for low, high in itertools.pairwise((0, *counts)):
             if high > low:
                 faulty = _add_faults(faulty, _stack([trial[low:high] for trial in together]))
-            steps.append(sum(_count(apply_fn, faulty, *batch, nan) for batch in batches))
+            steps.append(sum(count(faulty, *batch) for batch in batches))
         return np.asarray(jnp.stack(steps, axis=1))
 
     starts = range(0, len(trials), trials_together)
@@ -164,12 +166,11 @@ def count_outputs(
 _add_faults = jax.jit(jax.vmap(inject))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _count(
-    apply_fn: ApplyFn, params: PyTree, images: jax.Array, labels: jax.Array, nan: str
-) -> Any:
+@functools.lru_cache(maxsize=8)
+def _counting_program(apply_fn: ApplyFn, nan: str) -> Callable:
+    """`count_outputs` over faulty networks; in a campaign's arithmetic, which keeps every NaN."""
     count = functools.partial(count_outputs, apply_fn, nan=nan)
-    return jax.vmap(count, in_axes=(0, None, None))(params, images, labels)
+    return compiled(jax.vmap(count, in_axes=(0, None, None)))
 
 
 def _stack(parts: Sequence[FaultList]) -> Fault:

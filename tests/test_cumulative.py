@@ -132,6 +132,22 @@ def test_flips_in_64_bit_words_equal_struct(bit, params, images, labels):
     assert result.accuracy[0, 0] == pytest.approx(right.mean(), abs=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nan_survives_relu_and_mean(dtype):
+    """XLA's CPU library makes 0 of it, where plain `jax.jit` lets it fuse the two."""
+    with jax.enable_x64(True):
+        pooled = {"first": np.ones((1, 1, 1, 64), dtype), "last": np.ones((64, 3), dtype)}
+        trial = FaultList.from_sites([("first", 5, None)], pooled, model="value", value=np.inf)
+
+        def apply(params, images):
+            return jax.nn.relu(images * params["first"] + 1).mean((1, 2)) @ params["last"]
+
+        images = np.ones((4, 8, 8, 64), dtype)
+        images[1:] = 0  # times infinity
+        result = cumulative_accuracy(apply, pooled, [trial], [0, 1], images, np.zeros(4, int))
+    assert result.num_non_finite.tolist() == [[0, 4]]
+
+
 @pytest.mark.parametrize(
     "counts, message",
     [

@@ -42,6 +42,9 @@ from jaxfi.report.study_tables import (
 from jaxfi.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
+FLAGS = ROOT / "experiments" / "flags"
+RESULTS = ROOT / "docs" / "results"
+PAGE = (ROOT / "docs" / "training_strategies.md").read_text()
 STRATEGIES = training_strategies.Settings(
     sweep=(
         "optimizer=sgd weight_decay=0,5e-3 learning_rate=0.01",
@@ -306,6 +309,17 @@ def test_areas_by_hand():
     assert pair[8] == 1.0 / 2 * 2  # differences 0 and -0.125: every sign is as far
 
 
+def test_a_network_that_is_never_right_has_no_area_and_no_other_epoch_stands_in():
+    never = [
+        row | {"epoch": "5", "accuracy": "0.0"} for row in curve_rows() if row["strategy"] == "a"
+    ]
+    curves = read_curves(curve_rows() + never)
+    assert [(curve.strategy, curve.epoch, curve.is_last) for curve in curves] == [
+        ("a", 3, False), ("b", 3, True),
+    ]  # fmt: skip
+    assert pair_rows(curves, [10]) == []
+
+
 @pytest.mark.parametrize("minus_mean", [False, True])
 def test_curves_are_means_over_trials_and_bands_their_ends(minus_mean):
     mean = np.array([65, 60, 36.25]) if minus_mean else np.zeros(3)  # over both networks
@@ -359,7 +373,7 @@ def two_seeds_each() -> tuple[list[Curve], dict[str, str]]:
     """Two recipes of two seeds, and one that learned nothing."""
     ends = {"a": 0.8, "a-s1": 0.6, "b": 0.4, "b-s1": 0.2, "c": 0.1, "c-s1": 0.1}
     curves = [
-        Curve(name, 3, np.array([0, 10]), np.array([[0.8 if name[0] < "c" else 0.1, end]]))
+        Curve(name, 3, True, np.array([0, 10]), np.array([[0.8 if name[0] < "c" else 0.1, end]]))
         for name, end in ends.items()
     ]
     return curves, {name: name[0] for name in ends}
@@ -411,9 +425,7 @@ def test_areas_are_drawn_a_line_a_recipe():
 
 
 def test_the_example_of_the_docs_runs():
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "training_strategies.md").read_text(), re.DOTALL
-    )
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     module = Tiny()
     images = np.random.default_rng(0).normal(size=(3, 32, 32, 1)).astype(np.float32)
     given = {
@@ -424,9 +436,6 @@ def test_the_example_of_the_docs_runs():
     }
     exec(compile(example, "training_strategies.md", "exec"), given)
     assert given["campaign"].outcomes.shape == (len(given["faults"]), 3)
-
-
-FLAGS = ROOT / "experiments" / "flags"
 
 
 @pytest.mark.parametrize("experiment", [training_strategies, bit_sensitivity])
@@ -459,11 +468,68 @@ def test_every_training_of_the_study_is_in_its_flagfile(reference_dir):
         assert any(wanted.items() <= vars(config).items() for config in configs), wanted
 
 
+@pytest.mark.parametrize("folder, experiment", [
+    ("bits_digits", bit_sensitivity), ("bits_mnist", bit_sensitivity),
+    ("strategies_digits", training_strategies), ("strategies_mnist", training_strategies),
+    ("strategies_seeds", training_strategies),
+])  # fmt: skip
+def test_results_are_of_the_flagfiles_and_make_their_tables_again(folder, experiment, tmp_path):
+    name = experiment.__name__.partition(".")[2]
+    flagfile = FLAGS / f"{name}_{folder.partition('_')[2]}.flags"
+    settings = dataclasses.asdict(read_flagfile(flagfile, experiment.Settings))
+    stored = json.loads((RESULTS / folder / "config.json").read_text())
+    assert stored == json.loads(json.dumps(settings))
+    if experiment is training_strategies:
+        for path in RESULTS.glob(f"{folder}/*"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        write_tables(tmp_path)
+        for path in tmp_path.glob("*.csv"):
+            for row, kept in zip(table(path), table(RESULTS / folder / path.name), strict=True):
+                assert same_cells(row, kept), (path.name, row, kept)
+
+
+def same_cells(row: dict[str, str], other: dict[str, str]) -> bool:
+    """Equal but for the rounding of another machine's sums."""
+    pairs = zip(row.items(), other.items(), strict=True)
+    return all(
+        a == b or (a[0] == b[0] and float(a[1]) == pytest.approx(float(b[1]), rel=1e-9, abs=1e-12))
+        for a, b in pairs
+    )
+
+
+def test_each_figure_of_the_page_is_there_as_pixels_and_vectors():
+    shown = re.findall(r"!\[.*?\]\((.*?)\.png\)", PAGE)
+    assert len(shown) >= 3
+    for stem in shown:
+        for suffix in (".png", ".svg"):
+            assert (ROOT / "docs" / f"{stem}{suffix}").is_file()
+
+
+def test_the_bits_on_the_page_are_the_measured_ones():
+    """A row `| 62 | 100 % | .61 [.07, .97] | ... |`: share of zeros, mean and ends over trials."""
+    rows = table(RESULTS / "bits_digits" / "accuracy_by_bit.csv")
+    effects = {(row["dtype"], row["bit"]): row
+               for row in table(RESULTS / "bits_digits" / "bit_effects.csv")}  # fmt: skip
+    found = re.findall(r"^\| \**(\d+)\**(?: \(sign\))? \| ([\d.]+) % \| (.*) \|$", PAGE, re.M)
+    assert len(found) >= 8
+    for bit, zeros, cells in found:
+        share = 1 - float(effects["float64", bit]["share_one"])
+        assert float(zeros) == pytest.approx(100 * share, abs=0.5)
+        for count, cell in zip(("1", "1000", "10000"), cells.split(" | "), strict=True):
+            values = [
+                float(row["accuracy"]) for row in rows
+                if (row["dtype"], row["bit"], row["num_faults"]) == ("float64", bit, count)
+            ]  # fmt: skip
+            assert len(values) >= 10
+            numbers = [float(text) for text in re.findall(r"\d*\.\d+", cell)]
+            expected = [np.mean(values), min(values), max(values)]
+            assert numbers == pytest.approx(expected, abs=0.0051), (bit, count)
+
+
 def test_the_docs_say_what_was_published(reference_dir):
-    text = (ROOT / "docs" / "training_strategies.md").read_text()
     cells = {
         (label, optimizer): cell.split(" / ")
-        for label, *parts in re.findall(r"^\| (\S.*?) \|" + r" (\S+ / \S+) \|" * 4, text, re.M)
+        for label, *parts in re.findall(r"^\| (\S.*?) \|" + r" (\S+ / \S+) \|" * 4, PAGE, re.M)
         for optimizer, cell in zip(("sgd", "adam", "adagrad", "rmsprop"), parts, strict=True)
     }
     labels = {"scheduler": "{}", "weight_decay": "weight decay {}", "batch_size": "batch {}"}

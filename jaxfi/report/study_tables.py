@@ -51,6 +51,8 @@ class Curve(NamedTuple):
 
     strategy: str
     epoch: int
+    is_last: bool
+    """Of the strategy's epochs with faults."""
     counts: np.ndarray
     """[S] numbers of faults."""
     accuracy: np.ndarray
@@ -78,8 +80,8 @@ def write_tables(workdir: str | Path) -> None:
                for row in read_csv(workdir / "summary.csv", SUMMARY_COLUMNS)}  # fmt: skip
     networks = read_csv(workdir / "networks.csv", NETWORK_COLUMNS)
     curves = read_curves(injections)
-    last = last_curves(curves)
-    ends = [counts[-1] for counts in logged_ranges(workdir, injections)]
+    last = [curve for curve in curves if curve.is_last]
+    ends = sorted({counts[-1] for counts in logged_ranges(workdir, injections)})
     for name, columns, rows in (
         ("robustness", ROBUSTNESS_COLUMNS, robustness_rows(curves, recipes, ends)),
         ("paired_tests", PAIR_COLUMNS, pair_rows(curves, ends)),
@@ -91,22 +93,15 @@ def write_tables(workdir: str | Path) -> None:
 
 
 def read_curves(rows: Rows) -> list[Curve]:
-    """The rows of accuracy_by_injections.csv, network by network."""
-    curves = [
-        Curve(
-            strategy, epoch, np.array(sorted(curve)), np.stack([curve[c] for c in sorted(curve)], 1)
-        )
+    """The rows of accuracy_by_injections.csv, network by network, but those never right."""
+    return [
+        Curve(strategy, epoch, epoch == max(epochs), np.array(counts), accuracy)
         for strategy, epochs in accuracies(rows).items()
         for epoch, curve in epochs.items()
+        for counts in [sorted(curve)]
+        for accuracy in [np.stack([curve[count] for count in counts], axis=1)]
+        if (accuracy[:, 0] > 0).all()
     ]
-    return [curve for curve in curves if (curve.accuracy[:, 0] > 0).all()]
-
-
-def last_curves(curves: Sequence[Curve]) -> list[Curve]:
-    """Each strategy at its last epoch with faults."""
-    by_epoch = sorted(curves, key=lambda curve: curve.epoch)
-    last = {curve.strategy: curve for curve in by_epoch}
-    return [curve for curve in curves if last[curve.strategy] is curve]
 
 
 def learned_curves(curves: Sequence[Curve]) -> list[Curve]:
@@ -132,12 +127,11 @@ def pair_rows(curves: Sequence[Curve], ends: Sequence[int]) -> list[list[Any]]:
 
     Holm's correction is over all rows, both ranges and both kinds of pairs: any may be looked at.
     """
-    last = set(map(id, last_curves(curves)))
     pairs = [
         (a, b, most)
         for most in ends
         for a, b in itertools.combinations(curves, 2)
-        if a.strategy == b.strategy or {id(a), id(b)} <= last
+        if a.strategy == b.strategy or (a.is_last and b.is_last)
     ]
     tests = [paired_test(a.area(m), b.area(m), seed=_seed_of(a, b, m)) for a, b, m in pairs]
     adjusted = holm([test.p_value for test in tests]).tolist()
