@@ -1,14 +1,16 @@
-"""Wide dense layers add up their inputs in blocks: what one channel touches is one partial sum.
+"""Wide layers add up their inputs in blocks: what one channel touches is one partial sum.
 
-A sum over K inputs is split into blocks of whole channels, each block is one matmul, and a binary
-tree adds the partial sums up. Every engine computes them so, the golden run included, and the
-order is always the same. A fault in one weight, or in one input channel, then changes one partial
-sum and the log2(blocks) sums above it: the fast engine computes these, and takes the rest from the
-golden run. For LeNet's first dense layer (12,544 inputs) that is 1/32 of the arithmetic.
+A sum over K inputs is split into blocks of whole channels, each block is one matmul or convolution,
+and a binary tree adds the partial sums up. Every engine computes them so, the golden run included,
+and the order is always the same. A fault in one weight, or in one input channel, then changes one
+partial sum and the log2(blocks) sums above it: the fast engine computes these, and takes the rest
+from the golden run. For LeNet's first dense layer (12,544 inputs) that is 1/32 of the arithmetic,
+for a convolution with 512 input channels 1/8.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,8 +22,11 @@ from jax.extend import core
 
 from jaxfi.rules import column_rule
 
-_LEAST_INPUTS = 1024  # narrower layers are one sum
-_LEAST_BLOCK = 256  # inputs a block: below, a matmul is no longer efficient
+# Inputs from which on a layer is summed in blocks, and of one block: what pays on a CPU. A block of
+# a convolution is a call of its own, which takes 30 ms to compile: hence at most four.
+_LEAST_INPUTS = {"dot_general": 1024, "conv_general_dilated": 2048}
+_LEAST_BLOCK = {"dot_general": 256, "conv_general_dilated": 512}
+_MOST_BLOCKS = {"dot_general": math.inf, "conv_general_dilated": 4}
 _PLAIN = (((1,), (0,)), ((), ()))  # [B, K] x [K, N]
 
 
@@ -29,13 +34,17 @@ class Blocks(NamedTuple):
     """How K inputs are split: seen as [outer, num_blocks, size, inner], block b is [:, b].
 
     `size` channels make one block; channel c is in block c // size. Inputs that are flattened
-    images [height, width, channels] have outer = height x width and inner = 1.
+    images [height, width, channels] have outer = height x width and inner = 1, and so have the
+    channels of a convolution outer = inner = 1. `input_axis` and `weight_axis` are the axes of
+    inputs and weights that the sum runs over.
     """
 
     outer: int
     num_blocks: int
     size: int
     inner: int
+    input_axis: int = 1
+    weight_axis: int = 0
 
     @property
     def length(self) -> int:
@@ -53,8 +62,8 @@ class Partials(NamedTuple):
     """A blocked layer on one batch.
 
     Attributes:
-      inputs: [num_blocks, B, length], its inputs by block.
-      levels: the tree's levels, [num_blocks, B, N], [num_blocks / 2, B, N], ..., [2, B, N].
+      inputs: [num_blocks, B, ...], its inputs by block: [num_blocks, B, length] of a dense layer.
+      levels: the tree's levels, [num_blocks, B, ...], [num_blocks / 2, B, ...], ..., [2, B, ...].
     """
 
     inputs: jax.Array
@@ -62,32 +71,79 @@ class Partials(NamedTuple):
 
 
 def split(array: jax.Array, axis: int, blocks: Blocks) -> jax.Array:
-    """The axis of the K inputs taken apart: [num_blocks, ..., length, ...]."""
-    shape = list(array.shape)
-    shape[axis : axis + 1] = [blocks.outer, blocks.num_blocks, blocks.size, blocks.inner]
-    apart = jnp.moveaxis(array.reshape(shape), axis + 1, 0)
-    shape = list(array.shape)
-    shape[axis] = blocks.length
-    return apart.reshape([blocks.num_blocks, *shape])
+    """The axis that the sum runs over taken apart: [num_blocks, ..., length, ...]."""
+    apart = jnp.moveaxis(array.reshape(_apart(array, axis, blocks)), axis + 1, 0)
+    return apart.reshape([blocks.num_blocks, *_of_block(array, axis, blocks)])
+
+
+def block_of(array: jax.Array, axis: int, blocks: Blocks, block: Any) -> jax.Array:
+    """`split(array, axis, blocks)[block]`, [..., length, ...]; `block` may be traced."""
+    apart = array.reshape(_apart(array, axis, blocks))
+    part = lax.dynamic_index_in_dim(apart, block, axis + 1, keepdims=False)
+    return part.reshape(_of_block(array, axis, blocks))
+
+
+def replace_channel(
+    inputs: jax.Array, blocks: Blocks, channel: jax.Array, values: jax.Array
+) -> jax.Array:
+    """One block's inputs [B, ...] with one channel of each row replaced.
+
+    Args:
+      channel: [B] of the layer's input channels, all in this block.
+      values: [B, ...] what row b holds in channel[b], its other axes in the inputs' order.
+    """
+    axis = blocks.input_axis
+    shape = [*inputs.shape[:axis], blocks.outer, blocks.size, blocks.inner]
+    shape += inputs.shape[axis + 1 :]
+    one = [*shape[: axis + 1], 1, *shape[axis + 2 :]]
+    number = jnp.arange(blocks.size).reshape([-1 if n == axis + 1 else 1 for n in range(len(one))])
+    here = number == (channel % blocks.size).reshape([-1] + [1] * (len(one) - 1))
+    return jnp.where(here, values.reshape(one), inputs.reshape(shape)).reshape(inputs.shape)
+
+
+def _apart(array: jax.Array, axis: int, blocks: Blocks) -> list[int]:
+    inner = blocks.size * blocks.inner
+    return [*array.shape[:axis], blocks.outer, blocks.num_blocks, inner, *array.shape[axis + 1 :]]
+
+
+def _of_block(array: jax.Array, axis: int, blocks: Blocks) -> list[int]:
+    return [*array.shape[:axis], blocks.length, *array.shape[axis + 1 :]]
 
 
 def partials(x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable) -> Partials:
-    """Inputs x [B, K], weights [K, N]; `dot` is the layer's matmul."""
-    inputs = split(x, 1, blocks)
-    first = lax.map(lambda block: dot(*block), (inputs, split(weights, 0, blocks)))
-    levels = [first]
+    """Inputs x [B, ...] and weights by block and level; `dot` is the layer's own operation."""
+    levels = [_block_sums(x, weights, blocks, dot)]
     while len(levels[-1]) > 2:
-        levels.append(levels[-1][0::2] + levels[-1][1::2])
-    return Partials(inputs, levels)
+        levels.append(_level_above(levels[-1]))
+    return Partials(split(x, blocks.input_axis, blocks), [jnp.stack(level) for level in levels])
 
 
 def blocked_dot(x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable) -> jax.Array:
-    """The layer's result, [B, N]."""
-    return climb(*partials(x, weights, blocks, dot).levels[-1])
+    """The layer's result, [B, ...]."""
+    level = _block_sums(x, weights, blocks, dot)
+    while len(level) > 2:
+        level = _level_above(level)
+    return climb(*level)
+
+
+def _block_sums(x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable) -> list[jax.Array]:
+    both = ((x, blocks.input_axis), (weights, blocks.weight_axis))
+    if x.ndim == 2:
+        apart = tuple(split(array, axis, blocks) for array, axis in both)
+        return list(lax.map(lambda block: dot(*block), apart))
+    ends = range(0, blocks.num_blocks * blocks.size, blocks.size)
+    return [  # not in a loop: XLA's CPU convolutions are slow in one
+        dot(*(lax.slice_in_dim(array, n, n + blocks.size, axis=axis) for array, axis in both))
+        for n in ends
+    ]
+
+
+def _level_above(level: list[jax.Array]) -> list[jax.Array]:
+    return [a + b for a, b in zip(level[0::2], level[1::2], strict=True)]
 
 
 def siblings(levels: list[jax.Array], block: Any) -> list[jax.Array]:
-    """What is added to block's partial sum on its way up the tree, each [B, N]."""
+    """What is added to block's partial sum on its way up the tree, each [B, ...]."""
     return [
         lax.dynamic_index_in_dim(level, (block >> height) ^ 1, keepdims=False)
         for height, level in enumerate(levels)
@@ -98,22 +154,35 @@ def climb(partial: jax.Array, *others: jax.Array) -> jax.Array:
     """The layer's result from one partial sum and its siblings.
 
     a + b is b + a to the bit, unless both are NaN: which of the two it is then is not known.
+
+    The result has to be stored, as other layers' are: if XLA fuses the last sum into a reduction
+    that reads it (ResNet18's mean over positions), that reduction runs in another order than over
+    a stored value. XLA's CPU compiler drops an optimization barrier before it fuses; through a
+    conditional, which always takes its first branch, it does not fuse.
     """
+    *others, last = others
     for other in others:
         partial = partial + other
-    return partial
+    first = partial.ravel()[0]
+    always = (first == first) | (first != first)
+    return lax.cond(always, lambda a, b: a + b, lambda a, b: a, partial, last)
 
 
 def layer_dot(equation: core.JaxprEqn) -> Callable:
-    """The equation's matmul, on other lengths of its sum."""
-    wanted = {k: equation.params[k] for k in ("precision", "preferred_element_type")}
-    return lambda x, weights: lax.dot_general(x, weights, _PLAIN, **wanted)
+    """The equation's matmul or convolution, on other lengths of its sum."""
+    params = equation.primitive.get_bind_params(equation.params)
+
+    def dot(x: jax.Array, weights: jax.Array) -> jax.Array:
+        with equation.ctx.manager:
+            return equation.primitive.bind(x, weights, **params)
+
+    return dot
 
 
 def find_blocks(
     equations: Iterable[core.JaxprEqn], batch_axis: Mapping[core.Var, int | None]
 ) -> dict[core.Var, Blocks]:
-    """How each wide dense layer on the images is split, by the layer's result.
+    """How each wide layer on the images is split, by the layer's result.
 
     A block must hold whole channels of what the layer reads, so that a faulty channel stays in one.
     """
@@ -121,13 +190,19 @@ def find_blocks(
     channel_axis: dict[core.Var, int] = {}  # of what a convolution put out, and on from there
     flattened: dict[core.Var, core.Var] = {}
     for equation in equations:
-        result = equation.outvars[0]
-        if equation.primitive.name == "dot_general":
-            if blocks := _dense_blocks(equation, batch_axis, channel_axis, flattened):
+        name, result = equation.primitive.name, equation.outvars[0]
+        if _is_wide(equation, batch_axis):
+            if name == "dot_general":
+                blocks = _dense_blocks(equation, batch_axis, channel_axis, flattened)
+            else:
+                blocks = _convolution_blocks(equation)
+            if blocks is not None:
                 found[result] = blocks
-        elif (axis := _channel_axis(equation, channel_axis)) is not None:
+        if name == "dot_general":
+            continue
+        if (axis := _channel_axis(equation, channel_axis)) is not None:
             channel_axis.update(dict.fromkeys(equation.outvars, axis))
-        elif equation.primitive.name == "reshape":
+        elif name == "reshape":
             flattened[result] = equation.invars[0]
     return found
 
@@ -140,6 +215,28 @@ def _channel_axis(equation: core.JaxprEqn, known: Mapping[core.Var, int]) -> int
     return None if rule is None else rule[0]
 
 
+def _is_wide(equation: core.JaxprEqn, batch_axis: Mapping[core.Var, int | None]) -> bool:
+    """A layer [B, ...] to [B, ...] with golden weights and many inputs, whose sums lose no bits."""
+    if equation.primitive.name not in _LEAST_INPUTS:
+        return False
+    x, weights = equation.invars
+    if isinstance(x, core.Literal) or isinstance(weights, core.Literal):
+        return False
+    dtypes = {v.aval.dtype for v in (x, weights, equation.outvars[0])}
+    exact = len(dtypes) == 1 and dtypes.pop() in (np.float32, np.float64)
+    on_images = [batch_axis.get(v) for v in (x, weights, equation.outvars[0])] == [0, None, 0]
+    return exact and on_images and sum_length(equation) >= _LEAST_INPUTS[equation.primitive.name]
+
+
+def sum_length(equation: core.JaxprEqn) -> int:
+    """How many products a matmul or convolution adds up for one value of its result."""
+    if equation.primitive.name == "dot_general":
+        (contracting, _), _ = equation.params["dimension_numbers"]
+        return math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
+    kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
+    return math.prod(kernel) // kernel[spec[0]]
+
+
 def _dense_blocks(
     equation: core.JaxprEqn,
     batch_axis: Mapping[core.Var, int | None],
@@ -147,25 +244,32 @@ def _dense_blocks(
     flattened: Mapping[core.Var, core.Var],
 ) -> Blocks | None:
     x, weights = equation.invars
-    if isinstance(x, core.Literal) or isinstance(weights, core.Literal):
-        return None
     plain = equation.params["dimension_numbers"] == _PLAIN
     if not plain or (len(x.aval.shape), len(weights.aval.shape)) != (2, 2):
-        return None
-    dtypes = {v.aval.dtype for v in (x, weights, equation.outvars[0])}
-    exact = len(dtypes) == 1 and dtypes.pop() in (np.float32, np.float64)  # sums lose no bits
-    on_images = batch_axis.get(x) == 0 and batch_axis.get(weights) is None
-    if not (exact and on_images and x.aval.shape[1] >= _LEAST_INPUTS):
         return None
     source = flattened.get(x, x)
     axis, shape = channel_axis.get(source, 0), source.aval.shape
     if source is x or axis < 1 or batch_axis.get(source) != 0:
-        return _split(1, x.aval.shape[1], 1)
-    return _split(int(np.prod(shape[1:axis])), shape[axis], int(np.prod(shape[axis + 1 :])))
+        return _split(equation, 1, x.aval.shape[1], 1)
+    return _split(equation, math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 
 
-def _split(outer: int, channels: int, inner: int) -> Blocks | None:
+def _convolution_blocks(equation: core.JaxprEqn) -> Blocks | None:
+    spec = equation.params["dimension_numbers"]
+    groups = (equation.params["feature_group_count"], equation.params["batch_group_count"])
+    if groups != (1, 1) or (spec.lhs_spec[0], spec.out_spec[0]) != (0, 0):
+        return None
+    channels = equation.invars[0].aval.shape[spec.lhs_spec[1]]
+    axes = {"input_axis": spec.lhs_spec[1], "weight_axis": spec.rhs_spec[1]}
+    blocks = _split(equation, 1, channels, 1)
+    return None if blocks is None else blocks._replace(**axes)
+
+
+def _split(equation: core.JaxprEqn, outer: int, channels: int, inner: int) -> Blocks | None:
+    """Into as many blocks, a power of two, as are worth it; None if that is one."""
+    name, inputs = equation.primitive.name, sum_length(equation)
+    most = min(inputs // _LEAST_BLOCK[name], _MOST_BLOCKS[name])
     count = 1
-    while channels % (2 * count) == 0 and outer * inner * channels // (2 * count) >= _LEAST_BLOCK:
+    while channels % (2 * count) == 0 and 2 * count <= most:
         count *= 2
     return Blocks(outer, count, channels // count, inner) if count > 1 else None

@@ -40,6 +40,7 @@ from jaxfi.outcomes import (
     judge,
     per_fault_shares,
 )
+from jaxfi.plan import part_of_layer
 from jaxfi.slicing import ApplyFn, trace_network
 from jaxfi.store import load
 from jaxfi.workers import NotReproducible, run_blocks, run_checked, split_blocks, start_workers
@@ -212,7 +213,8 @@ class _Work(NamedTuple):
         """Of all faults, not only the unfinished: every process must see the same blocks."""
         num_workers = len(self.devices) * jax.process_count()
         rows = np.flatnonzero(self.activated)
-        return split_blocks(self.faults, rows, FAULTS_PER_BLOCK, num_workers)
+        part = part_of_layer(self.setup.network, self.faults)
+        return split_blocks(self.faults, rows, part, FAULTS_PER_BLOCK, num_workers)
 
     def masked(self) -> Results:
         """One fault's, if it changes nothing: golden's own."""

@@ -238,7 +238,7 @@ def _groups(
     channel = place[programs.plan.axis]
     block = np.zeros(len(faults), int)
     if programs.own is not None:
-        block, _ = programs.own.place(place[0])
+        block, _ = programs.own.place(place[programs.own.weight_axis])
     order = np.lexsort((visible, channel, visible > 0, block))
     ends = np.flatnonzero(np.diff(block[order])) + 1
     for same_block in np.split(order, ends):
@@ -255,7 +255,8 @@ def _group(faults: FaultList, rows: np.ndarray, block: int, programs: Programs) 
     place = list(np.unravel_index(batch.element, shape))
     channel, place[plan.axis] = place[plan.axis].astype(np.int32), np.arange(size)
     if programs.own is not None:
-        place[0], shape[0] = programs.own.place(place[0])[1], programs.own.length
+        axis = programs.own.weight_axis
+        place[axis], shape[axis] = programs.own.place(place[axis])[1], programs.own.length
     return Group(
         rows=np.pad(rows, padding, constant_values=-1),
         null=np.pad(faults.model == _NULL, padding),

@@ -115,7 +115,8 @@ class Packer:
 
     def _empty_bin(self) -> _Bin:
         size = self._setup.batch_size
-        return _Bin(self._programs.empty_rows(), np.full(size, -1), np.zeros(size, np.int32))
+        rows = self._programs.empty_rows(self._leaves[0].sharding)
+        return _Bin(rows, np.full(size, -1), np.zeros(size, np.int32))
 
     def _run(self, block: int, bin: _Bin) -> None:
         outputs = self._programs.suffix(self._leaves, bin.values, block)

@@ -18,9 +18,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from jax.extend import core
 
-from jaxfi.blocks import Blocks
+from jaxfi.blocks import Blocks, sum_length
+from jaxfi.fault_list import FaultList
 from jaxfi.rules import column_rule, operand_axes
 from jaxfi.slicing import (
     COUPLED,
@@ -81,6 +83,10 @@ class LeafPlan:
         block alone.
       ahead: result of the blocked layer that reads the one packed channel: the suffix starts with
         that channel's block alone.
+      whole: values whose rows are packed as they are: of `suffix_inputs`, all but the one that only
+        the layer ahead reads.
+      stops: where the suffix is cut into programs that leaves share: values of stop n are computed
+        from stop n - 1, those of the first from the rows; the last is the output.
       products: the blocked layers whose partial sums the prefix computes.
     """
 
@@ -100,6 +106,8 @@ class LeafPlan:
     gate: Gate | None = None
     own: core.Var | None = None
     ahead: core.Var | None = None
+    whole: tuple[core.Var, ...] = ()
+    stops: tuple[tuple[Value, ...], ...] = ()
     products: tuple[core.Var, ...] = ()
 
     @property
@@ -117,14 +125,75 @@ def plan_leaves(network: Network) -> list[LeafPlan]:
     for plan in plans:
         inputs.setdefault(plan.suffix_inputs, {}).update(dict.fromkeys(plan.inputs))
         products.setdefault(plan.suffix_inputs, {}).update(dict.fromkeys(plan.products))
+    cuts = _Cuts(network, plans)
     return [
         dataclasses.replace(
             plan,
             inputs=tuple(inputs[plan.suffix_inputs]),
             products=_in_order(network, products[plan.suffix_inputs]),
+            stops=cuts.behind(plan),
         )
         for plan in plans
     ]
+
+
+def part_of_layer(network: Network, faults: FaultList) -> np.ndarray:
+    """Which block of its layer's sum each fault is in, [F]; 0 where that is one sum."""
+    parts = np.zeros(len(faults), np.int64)
+    for leaf in np.unique(faults.leaf):
+        source, rows = network.leaves[leaf], np.flatnonzero(faults.leaf == leaf)
+        for reader in network.consumers.get(source, ()):
+            blocks = network.blocks.get(reader.outvars[0])
+            if blocks is not None and reader.invars[1] is source:
+                place = np.unravel_index(faults.element[rows], faults.shapes[leaf])
+                parts[rows], _ = blocks.place(place[blocks.weight_axis])
+    return parts
+
+
+class _Cuts:
+    """Where suffixes start: each is a place to cut those that start before it.
+
+    Suffixes of a deep network then share their programs, which are as many as the network has
+    layers and not as the square of that.
+    """
+
+    def __init__(self, network: Network, plans: Iterable[LeafPlan]):
+        starts = dict.fromkeys(p.suffix_inputs for p in plans if p.method == "columns")
+        self._network = network
+        self._after = {start: self._count_after(start) for start in starts}
+        self._stops: dict[tuple, tuple[tuple[Value, ...], ...]] = {}
+
+    def behind(self, plan: LeafPlan) -> tuple[tuple[Value, ...], ...]:
+        """`LeafPlan.stops`."""
+        if plan.method not in ("columns", "slice"):
+            return ()
+        return self._behind(plan.whole if plan.ahead is None else (*plan.whole, plan.ahead))
+
+    def _behind(self, known: tuple[core.Var, ...]) -> tuple[tuple[Value, ...], ...]:
+        if known not in self._stops:
+            stop = self._next(known)
+            self._stops[known] = (stop, *self._behind(stop)) if stop else ((self._network.output,),)
+        return self._stops[known]
+
+    def _next(self, known: tuple[core.Var, ...]) -> tuple[core.Var, ...] | None:
+        """The first cut that can be computed from the known values."""
+        left = self._count_after(known)
+        behind = sorted(
+            (cut for cut, after in self._after.items() if 0 < after < left),
+            key=self._after.__getitem__,
+            reverse=True,
+        )
+        return next((cut for cut in behind if self._is_reachable(cut, known)), None)
+
+    def _is_reachable(self, cut: tuple[core.Var, ...], known: tuple[core.Var, ...]) -> bool:
+        network = self._network
+        equations = needed_equations(network, cut, {*network.leaves, *known})
+        read = {*cut, *(var for equation in equations for var in variables(equation.invars))}
+        return network.image not in read - {*known}
+
+    def _count_after(self, known: Iterable[core.Var]) -> int:
+        network = self._network
+        return len(needed_equations(network, [network.output], {*network.leaves, *known}))
 
 
 def plan_leaf(network: Network, leaf: int) -> LeafPlan:
@@ -140,7 +209,7 @@ def plan_leaf(network: Network, leaf: int) -> LeafPlan:
             reasons.append(str(reason))
     reason = reasons[0] if reasons else "it is a scalar"
     return LeafPlan(leaf, "slice", reason, carried=(inputs := _slice_inputs(network, source)),
-                    inputs=inputs)  # fmt: skip
+                    whole=inputs, inputs=inputs)  # fmt: skip
 
 
 def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
@@ -171,7 +240,7 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
     needed = _cut(network, (*columns.taken, *golden), lambda v: is_storable(network, v))
     compared = tuple(columns.frontier)
     own = _own_layer(network, source, axis, columns.steps)
-    ahead = _layer_ahead(network, packed, carried, columns)
+    ahead = _layer_ahead(network, packed, columns)
     return LeafPlan(
         leaf=leaf,
         method="columns",
@@ -188,6 +257,7 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
         gate=_gate(network, source, inputs),
         own=own,
         ahead=ahead,
+        whole=_rows(network, packed + carried, ahead),
         products=tuple(var for var in (own, ahead) if var is not None),
     )
 
@@ -195,38 +265,64 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
 def _own_layer(
     network: Network, source: core.Var, axis: int, steps: Sequence[Step]
 ) -> core.Var | None:
-    """The result of the blocked layer whose weights the leaf is, [K, N], N in columns."""
+    """The result of the blocked dense layer whose weights the leaf is, [K, N], N in columns.
+
+    Not of a convolution: it has a few blocks, each of which would need a group of columns.
+    """
     readers = network.consumers[source]
     result = readers[0].outvars[0]
-    first = steps[0] if steps else None
-    is_own = first is not None and first.equation is readers[0] and first.columns == (False, True)
-    return result if is_own and len(readers) == 1 and result in network.blocks and axis else None
+    if not steps or len(readers) != 1 or result not in network.blocks:
+        return None
+    is_own = steps[0].equation is readers[0] and steps[0].columns == (False, True)
+    return result if is_own and axis == 1 and len(source.aval.shape) == 2 else None
 
 
 def _layer_ahead(
-    network: Network, packed: tuple[core.Var, ...], carried: tuple[core.Var, ...], columns: _Columns
+    network: Network, packed: tuple[core.Var, ...], columns: _Columns
 ) -> core.Var | None:
-    """The result of the blocked layer that alone reads the packed value, as it is or flattened."""
-    if len(packed) != 1 or carried:
+    """The result of the widest blocked layer that reads the packed value, as it is or flattened."""
+    if len(packed) != 1:
         return None
     value, axis = packed[0], columns.reached[packed[0]]
-    inputs, readers = value, network.consumers.get(value, ())
-    if len(readers) == 1 and readers[0].primitive.name == "reshape":
-        inputs = readers[0].outvars[0]
-        readers = network.consumers.get(inputs, ())
-    if len(readers) != 1 or readers[0].outvars[0] not in network.blocks:
-        return None
-    result, weights = readers[0].outvars[0], readers[0].invars[1]
-    whole_channels = _matches(network.blocks[result], value.aval.shape, axis)
-    golden_weights = weights not in columns.mixed and weights not in columns.reached
-    return result if whole_channels and golden_weights and inputs is not weights else None
+    found = []
+    for reader in network.consumers.get(value, ()):
+        inputs = value
+        if reader.primitive.name == "reshape":
+            inputs = reader.outvars[0]
+            readers = network.consumers.get(inputs, ())
+            if len(readers) != 1:
+                continue
+            reader = readers[0]
+        result = reader.outvars[0]
+        if result not in network.blocks or reader.invars[0] is not inputs:
+            continue
+        weights = reader.invars[1]
+        golden_weights = weights not in columns.mixed and weights not in columns.reached
+        if golden_weights and _matches(network.blocks[result], value, inputs, axis):
+            found.append(result)
+    return max(found, key=lambda result: sum_length(network.producers[result]), default=None)
 
 
-def _matches(blocks: Blocks, shape: tuple[int, ...], axis: int) -> bool:
-    """Whether the blocks hold whole channels of a value [B, ...] with its channels at `axis`."""
-    channels = blocks.num_blocks * blocks.size
+def _matches(blocks: Blocks, value: core.Var, inputs: core.Var, axis: int) -> bool:
+    """Whether the blocks hold whole channels of a value [B, ...] with its channels at `axis`, that
+    the layer reads as `inputs`: as it is or flattened."""
+    channels, shape = blocks.num_blocks * blocks.size, value.aval.shape
+    if inputs is value:
+        return (axis, blocks.outer, blocks.inner) == (blocks.input_axis, 1, 1)
     seen = (math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :]))
     return axis > 0 and seen == (blocks.outer, channels, blocks.inner)
+
+
+def _rows(
+    network: Network, suffix_inputs: tuple[core.Var, ...], ahead: core.Var | None
+) -> tuple[core.Var, ...]:
+    """The suffix inputs that something else than the layer ahead reads."""
+    if ahead is None:
+        return suffix_inputs
+    known = {*network.leaves, *suffix_inputs, ahead}
+    equations = needed_equations(network, [network.output], known)
+    read = {network.output, *(var for e in equations for var in variables(e.invars))}
+    return tuple(var for var in suffix_inputs if var in read)
 
 
 def _gate(network: Network, source: core.Var, inputs: tuple[core.Var, ...]) -> Gate | None:

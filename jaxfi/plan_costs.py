@@ -68,11 +68,11 @@ def working_bytes(network: Network, plan: LeafPlan) -> int:
     within = [_two_largest(network, [step.equation for step in plan.steps])]
     suffix = needed_equations(network, [network.output], _known(network, plan))
     within.append(_two_largest(network, suffix))
-    rows, num_bins = sum(leaf_bytes(network, var) for var in plan.suffix_inputs), 1
+    rows, num_bins = sum(leaf_bytes(network, var) for var in plan.whole), 1
     if plan.ahead is not None:
-        blocks = network.blocks[plan.ahead]
-        height, num_bins = blocks.num_blocks.bit_length() - 1, blocks.num_blocks
-        rows = rows // num_bins + height * leaf_bytes(network, plan.ahead)
+        num_bins = network.blocks[plan.ahead].num_blocks
+        rows += leaf_bytes(network, network.producers[plan.ahead].invars[0]) // num_bins
+        rows += (num_bins.bit_length() - 1) * leaf_bytes(network, plan.ahead)
     return columns + 2 * rows * num_bins + max(within)
 
 

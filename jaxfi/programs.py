@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,22 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxfi.blocks import Blocks, Partials, climb, layer_dot, partials, siblings
+from jaxfi.blocks import (
+    Blocks,
+    Partials,
+    block_of,
+    climb,
+    layer_dot,
+    partials,
+    replace_channel,
+    siblings,
+)
 from jaxfi.compilation import compiled
 from jaxfi.faults import corrupt, to_words
 from jaxfi.golden import Setup
 from jaxfi.plan import LeafPlan, is_storable
 from jaxfi.plan_costs import golden_bytes, num_held, working_bytes
-from jaxfi.slicing import Network, bind, evaluate, read
+from jaxfi.slicing import Network, bind, evaluate, needed_equations, read, variables
 
 
 class Golden(NamedTuple):
@@ -35,6 +45,13 @@ class Pick(NamedTuple):
     fresh: np.ndarray
 
 
+class Segment(NamedTuple):
+    """A part of the suffix, `program(leaves, values, block) -> values`, and the leaves it reads."""
+
+    leaves: list[int]
+    program: Callable
+
+
 class Programs:
     """One leaf's programs; jit compiles those that are run. Holds golden values (`golden`).
 
@@ -46,11 +63,17 @@ class Programs:
         self.faulty_columns = compiled(self._faulty_columns)
         self.faulty_leaf = compiled(corrupt)
         self.columns = compiled(self._columns)
-        self.pack = compiled(self._pack if plan.ahead is None else self._pack_block)
+        self.pack = compiled(self._pack)
         self.lit = compiled(self._lit)
-        suffix = ("suffix", plan.suffix_inputs, plan.ahead)
-        self.suffix = shared.setdefault(suffix, compiled(self._suffix))
+        self._suffix = [self._segment(number) for number in range(len(plan.stops))]
         self._golden: dict[int, Golden] = {}
+
+    def suffix(self, leaves: list[jax.Array], rows: list[jax.Array], block: int) -> jax.Array:
+        """The network's outputs [B, classes] for rows packed by `pack`."""
+        values = rows
+        for segment in self._suffix:
+            values = segment.program([leaves[n] for n in segment.leaves], values, block)
+        return values[0]
 
     def golden(self, setup: Setup, number: int) -> Golden:
         """The prefix on one batch; kept for the leaf's next faults where memory allows it."""
@@ -101,21 +124,25 @@ class Programs:
 
     def golden_rows(self, golden: Golden) -> list[jax.Array]:
         """A batch of rows for the suffix in which nothing is faulty; of block 0."""
+        given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
+        whole = [given[var] for var in self.plan.whole]
         if self.plan.ahead is None:
-            given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
-            return [given[var] for var in self.plan.suffix_inputs]
+            return whole
         product = self._product(golden, self.plan.ahead)
-        return [product.inputs[0], *siblings(product.levels, 0)]
+        return [product.inputs[0], *siblings(product.levels, 0), *whole]
 
-    def empty_rows(self) -> list[jax.Array]:
-        """A batch of rows of zeros for the suffix."""
-        if self.plan.ahead is None:
-            avals = [var.aval for var in self.plan.suffix_inputs]
-            return [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
-        result, blocks = self.plan.ahead.aval, self.ahead
-        inputs = jnp.zeros((result.shape[0], blocks.length), result.dtype)
-        height = blocks.num_blocks.bit_length() - 1
-        return [inputs, *[jnp.zeros(result.shape, result.dtype)] * height]
+    def empty_rows(self, device: Any) -> list[jax.Array]:
+        """A batch of rows of zeros for the suffix, on the device that packs them: rows that are
+        bound to none would compile `pack` a second time."""
+        avals = [var.aval for var in self.plan.whole]
+        if self.plan.ahead is not None:
+            result, blocks = self.plan.ahead.aval, self.ahead
+            inputs = self.network.producers[self.plan.ahead].invars[0].aval
+            shape = list(inputs.shape)
+            shape[blocks.input_axis] = blocks.length
+            height = blocks.num_blocks.bit_length() - 1
+            avals = [inputs.update(shape=tuple(shape)), *[result] * height, *avals]
+        return [jnp.zeros(aval.shape, aval.dtype, device=device) for aval in avals]
 
     @property
     def own(self) -> Blocks | None:
@@ -168,7 +195,8 @@ class Programs:
 
     def _faulty_columns(self, leaf, block, channel, element, keep, flip) -> jax.Array:
         """A leaf of the same shape, or one block of it: column k is channel k's, with fault k."""
-        leaf = leaf if self.own is None else _block_of(leaf, self.own, block)
+        if self.own is not None:
+            leaf = block_of(leaf, self.own.weight_axis, self.own, block)
         columns = jnp.take(leaf, channel, axis=self.plan.axis, mode="clip")
         return corrupt(columns, element, keep, flip)
 
@@ -220,16 +248,33 @@ class Programs:
     def _pack(self, rows: list, golden: Golden, columns: list, pick: Pick, block) -> list:
         """`rows` with those that `pick` names replaced by pairs of this batch."""
         given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
-        packed = []
-        for position, var in enumerate(self.plan.suffix_inputs):
-            axis = self.network.batch_axis[var]
-            row = jnp.take(given[var], pick.image, axis=axis, mode="clip")
-            if position < len(columns):
-                faulty = columns[position][pick.column, pick.image]  # [B, ...] one channel
+        new, axes = [], []
+        if self.plan.ahead is not None:
+            new += self._block_rows(golden, columns[0], pick, block)
+            axes += [0] * len(new)
+        for var in self.plan.whole:
+            axes.append(self.network.batch_axis[var])
+            row = jnp.take(given[var], pick.image, axis=axes[-1], mode="clip")
+            if var in self.plan.packed:
+                faulty = columns[self.plan.packed.index(var)]
+                faulty = faulty[pick.column, pick.image]  # [B, ...] one channel
                 row = self._replace_channel(row, faulty, pick.channel, var)
-            fresh = _along(pick.fresh, axis, row.ndim)
-            packed.append(jnp.where(fresh, row, rows[position]))
-        return packed
+            new.append(row)
+        return [
+            jnp.where(_along(pick.fresh, axis, row.ndim), row, old)
+            for row, old, axis in zip(new, rows, axes, strict=True)
+        ]
+
+    def _block_rows(self, golden: Golden, columns: jax.Array, pick: Pick, block) -> list:
+        """Of the blocked layer ahead: the inputs of its one faulty block, and the siblings."""
+        product = self._product(golden, self.plan.ahead)
+        inputs = lax.dynamic_index_in_dim(product.inputs, block, keepdims=False)
+        picked = [
+            jnp.take(value, pick.image, axis=0, mode="clip")
+            for value in (inputs, *siblings(product.levels, block))
+        ]
+        faulty = columns[pick.column, pick.image]
+        return [replace_channel(picked[0], self.ahead, pick.channel, faulty), *picked[1:]]
 
     def _replace_channel(self, rows, faulty, channel, var) -> jax.Array:
         axis, batch = self.plan.axes[var], self.network.batch_axis[var]
@@ -237,38 +282,35 @@ class Programs:
         index = _along(jnp.arange(rows.shape[axis], dtype=jnp.int32), axis, rows.ndim)
         return jnp.where(index == _along(channel, batch, rows.ndim), faulty, rows)
 
-    def _pack_block(self, rows: list, golden: Golden, columns: list, pick: Pick, block) -> list:
-        """The same where the next layer is blocked: its one faulty block, and the siblings."""
-        product, blocks = self._product(golden, self.plan.ahead), self.ahead
-        inputs = lax.dynamic_index_in_dim(product.inputs, block, keepdims=False)
-        fresh = [jnp.take(inputs, pick.image, axis=0, mode="clip")]
-        apart = fresh[0].reshape(-1, blocks.outer, blocks.size, blocks.inner)
-        faulty = columns[0][pick.column, pick.image]
-        faulty = faulty.reshape(-1, blocks.outer, 1, blocks.inner)
-        here = _along(jnp.arange(blocks.size), 2, 4) == _along(pick.channel % blocks.size, 0, 4)
-        fresh[0] = jnp.where(here, faulty, apart).reshape(fresh[0].shape)
-        for other in siblings(product.levels, block):
-            fresh.append(jnp.take(other, pick.image, axis=0, mode="clip"))
-        new = pick.fresh[:, None]
-        return [jnp.where(new, row, old) for row, old in zip(fresh, rows, strict=True)]
+    def _segment(self, number: int) -> Segment:
+        """The suffix up to `plan.stops[number]`, shared with all leaves that run it."""
+        plan, network = self.plan, self.network
+        starts = plan.stops[number - 1] if number else plan.whole
+        ahead, stops = None if number else plan.ahead, plan.stops[number]
+        known = {*network.leaves, *starts} | ({ahead} if ahead is not None else set())
+        equations = needed_equations(network, stops, known)
+        weights = [] if ahead is None else network.producers[ahead].invars[1:]
+        equations += needed_equations(network, weights, network.leaves)
+        read = {*weights, *(var for e in equations for var in variables(e.invars))}
+        leaves = [n for n, leaf in enumerate(network.leaves) if leaf in read]
 
-    def _suffix(self, leaves: list, rows: list, block) -> jax.Array:
-        known = self._leaves(leaves)
-        if self.plan.ahead is None:
-            known.update(zip(self.plan.suffix_inputs, rows, strict=True))
-        else:
-            equation = self.network.producers[self.plan.ahead]
-            weights = evaluate(self.network, [equation.invars[1]], known)[0]
-            weights = _block_of(weights, self.ahead, block)
-            known[self.plan.ahead] = climb(layer_dot(equation)(rows[0], weights), *rows[1:])
-        return evaluate(self.network, [self.network.output], known)[0]
+        def segment(of_leaves: list, values: list, block) -> list:
+            known = {network.leaves[n]: leaf for n, leaf in zip(leaves, of_leaves, strict=True)}
+            count = len(values) - len(starts)  # of the values that belong to the layer ahead
+            known.update(zip(starts, values[count:], strict=True))
+            if ahead is not None:
+                known[ahead] = self._layer_ahead(known, values[:count], block)
+            return evaluate(network, stops, known)
 
+        key = ("suffix", starts, ahead, stops)
+        return Segment(leaves, self.shared.setdefault(key, compiled(segment)))
 
-def _block_of(weights: jax.Array, blocks: Blocks, block) -> jax.Array:
-    """One block of weights [K, N]: [length, N]."""
-    shape = (blocks.outer, blocks.num_blocks, blocks.size * blocks.inner, -1)
-    part = lax.dynamic_index_in_dim(weights.reshape(shape), block, axis=1, keepdims=False)
-    return part.reshape(blocks.length, -1)
+    def _layer_ahead(self, known: dict[core.Var, jax.Array], of_block: list, block) -> jax.Array:
+        """The blocked layer ahead, from its block's inputs and the siblings."""
+        equation, blocks = self.network.producers[self.plan.ahead], self.ahead
+        weights = evaluate(self.network, equation.invars[1:], known)[0]
+        weights = block_of(weights, blocks.weight_axis, blocks, block)
+        return climb(layer_dot(equation)(of_block[0], weights), *of_block[1:])
 
 
 def _bits_differ(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from jaxfi.blocks import Blocks, blocked_dot, find_blocks, layer_dot
+from jaxfi.blocks import Blocks, blocked_dot, find_blocks, layer_dot, sum_length
 from jaxfi.faults import PyTree, leaf_paths
 
 Array = jax.Array
@@ -61,7 +61,7 @@ class Network:
       given: values of the remaining variables (what `apply_fn` closes over).
       batch_axis: per variable: the images' axis, None for none, `UNKNOWN` or `COUPLED`.
       producers, consumers: the equation that computes a variable; those that read it.
-      blocks: the results of dense layers that are summed in blocks, and how.
+      blocks: the results of layers that are summed in blocks, and how.
     """
 
     equations: tuple[core.JaxprEqn, ...]
@@ -179,13 +179,11 @@ def reached_from(network: Network, source: core.Var) -> set[core.Var]:
 def is_boundary(network: Network, var: core.Var) -> bool:
     """Whether `var` may be stored between two programs without moving a bit of either.
 
-    An input and the result of a convolution or matmul (not one in blocks) always may. Any other
-    value may, unless it is a product that a sum consumes (they may be contracted), or a reduction
-    consumes it.
+    An input and the result of a convolution or matmul always may. Any other value may, unless it is
+    a product that a sum consumes (they may be contracted), or a reduction consumes it.
     """
     producer = network.producers.get(var)
-    stored = producer is None or producer.primitive.name in _STORED
-    if stored and var not in network.blocks:
+    if producer is None or producer.primitive.name in _STORED:
         return True
     readers = _through_moves(var, network, forward=True)
     if readers & _REDUCTIONS:
@@ -206,15 +204,8 @@ def needed_equations(
 
 
 def _operations(equation: core.JaxprEqn) -> int:
-    if equation.primitive.name == "dot_general":
-        (contracting, _), _ = equation.params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        inner = int(np.prod([shape[axis] for axis in contracting]))
-        return 2 * inner * int(np.prod(equation.outvars[0].aval.shape))
-    if equation.primitive.name == "conv_general_dilated":
-        kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-        inner = int(np.prod(kernel)) // kernel[spec[0]]
-        return 2 * inner * int(np.prod(equation.outvars[0].aval.shape))
+    if equation.primitive.name in _STORED:
+        return 2 * sum_length(equation) * int(np.prod(equation.outvars[0].aval.shape))
     return sum(
         _operations(inner) * int(equation.params.get("length", 1))
         for jaxpr in core.jaxprs_in_params(equation.params)

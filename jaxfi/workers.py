@@ -37,22 +37,25 @@ RunBlock = Callable[[Worker, np.ndarray, Advance], Results]
 
 
 def split_blocks(
-    faults: FaultList, rows: np.ndarray, largest: int, num_workers: int
+    faults: FaultList, rows: np.ndarray, part: np.ndarray, largest: int, num_workers: int
 ) -> list[np.ndarray]:
     """Rows that are run and saved together: faults of one leaf, enough blocks for all workers.
 
     Args:
       faults: the whole list; `rows` of it are divided, [k] integers.
+      part: [F] the part of its layer that each fault is in. Those in one part share columns, so
+        they stay together.
       largest: faults in a block at most.
       num_workers: devices of all processes.
     """
     size = largest
     if num_workers > 1:
         size = min(size, -(-len(rows) // (num_workers * _BLOCKS_PER_WORKER)) or 1)
+    by_leaf = rows[np.lexsort((part[rows], faults.leaf[rows]))]
+    ends = np.flatnonzero(np.diff(faults.leaf[by_leaf])) + 1
     return [
-        of_leaf[start : start + size]
-        for leaf in np.unique(faults.leaf[rows])
-        for of_leaf in [rows[faults.leaf[rows] == leaf]]
+        np.sort(of_leaf[start : start + size])
+        for of_leaf in np.split(by_leaf, ends)
         for start in range(0, len(of_leaf), size)
     ]
 
@@ -127,7 +130,7 @@ def _as_finished(
 def run_checked(
     worker: Worker, rows: np.ndarray, advance: Advance, *, faults: FaultList, seed: int
 ) -> Results:
-    """Runs a block with null faults at random places in it, which must all be masked.
+    """Runs a block with null faults among it, at places of its faults, which must all be masked.
 
     Raises NotReproducible if one is not.
     """
@@ -135,8 +138,7 @@ def run_checked(
     leaf = int(faults.leaf[0])
     generator = np.random.default_rng([seed, leaf, int(faults.element[0])])
     num_null = 1 + len(faults) // _FAULTS_PER_NULL
-    size = int(np.prod(faults.shapes[leaf], dtype=np.int64))
-    mixed = faults + faults.nulls(generator.integers(0, size, num_null))
+    mixed = faults + faults.nulls(generator.choice(faults.element, num_null))
     order = generator.permutation(len(mixed))
     results = worker.engine(mixed[order], advance)
     place = np.argsort(order)

@@ -111,6 +111,35 @@ def wide_twice() -> Model:
     return apply_fn, params, (6,)
 
 
+def wide_convolutions() -> Model:
+    """Convolutions that are summed in blocks, one of whose inputs a shortcut reads too."""
+    params = {"in": normal(0, 3, 3, 2, 256), "shift": normal(1, 256, scale=0.1),
+              "a": normal(2, 3, 3, 256, 256), "b": normal(3, 3, 3, 256, 6),
+              "shortcut": normal(4, 1, 1, 256, 256), "out": normal(5, 6, CLASSES)}  # fmt: skip
+
+    def apply_fn(p, x):
+        x = conv(x, p["in"])
+        x = jax.nn.relu(x + along_last(p["shift"], x))
+        x = jax.nn.relu(conv(x, p["a"], stride=2) + conv(x, p["shortcut"], stride=2))
+        return conv(x, p["b"]).mean((1, 2)) @ p["out"]
+
+    return apply_fn, params, (4, 4, 2)
+
+
+def wide_convolutions_channels_first() -> Model:
+    params = {"in": normal(0, 256, 2, 3, 3), "wide": normal(1, 6, 256, 3, 3),
+              "out": normal(2, 6 * 2 * 3, CLASSES)}  # fmt: skip
+
+    def apply_fn(p, x):
+        layout = ("NCHW", "OIHW", "NCHW")
+        for name in ("in", "wide"):
+            x = jax.lax.conv_general_dilated(x, p[name], (1, 1), "VALID", dimension_numbers=layout)
+            x = jnp.tanh(x)
+        return x.reshape(x.shape[0], -1) @ p["out"]
+
+    return apply_fn, params, (2, 6, 7)
+
+
 class LinenCnn(nn.Module):
     """Convolutions, BatchNorm, both pools."""
 
@@ -363,7 +392,8 @@ def spectral() -> Model:
     return lambda p, x: jnp.abs(jnp.fft.fft(x @ p["a"])) @ p["c"], params, (5,)
 
 
-TINY = (plain_mlp, plain_conv, wide_layers, wide_channels_first, wide_twice, linen_cnn, nnx_cnn,
+TINY = (plain_mlp, plain_conv, wide_layers, wide_channels_first, wide_twice,
+        wide_convolutions, wide_convolutions_channels_first, linen_cnn, nnx_cnn,
         equinox_cnn, haiku_cnn, depthwise_separable,
         dense_concatenation, squeeze_and_excite, vision_transformer, recurrent, shared_leaf,
         rematerialized, unreached_leaf, scalars_and_integers, sliced_scale, dead_inputs,

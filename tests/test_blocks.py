@@ -1,19 +1,39 @@
-"""Dense layers summed in blocks: against NumPy, and against the layer computed as a whole."""
+"""Layers summed in blocks: against NumPy, and against the layer computed as a whole."""
 
 from __future__ import annotations
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax import lax
 
 from jaxfi import FaultList, run_campaign
-from jaxfi.blocks import Blocks, blocked_dot, climb, partials, siblings, split
+from jaxfi.blocks import (
+    Blocks,
+    block_of,
+    blocked_dot,
+    climb,
+    partials,
+    replace_channel,
+    siblings,
+    split,
+)
 from jaxfi.golden import network_function
-from jaxfi.plan import plan_leaves
+from jaxfi.models import MODELS
+from jaxfi.plan import part_of_layer, plan_leaves
 from jaxfi.slicing import trace_network
-from tests.conformance_models import plain_mlp, wide_channels_first, wide_layers
+from jaxfi.workers import split_blocks
+from tests.conformance_models import (
+    plain_mlp,
+    wide_channels_first,
+    wide_convolutions,
+    wide_convolutions_channels_first,
+    wide_layers,
+)
 from tests.test_conformance import faults_in_every_leaf
 
 BLOCKS = [Blocks(1, 4, 3, 1), Blocks(5, 8, 1, 1), Blocks(1, 2, 3, 7), Blocks(4, 2, 2, 3)]
@@ -77,6 +97,46 @@ def test_every_block_climbs_to_the_same_sum(blocks: Blocks) -> None:
         assert np.asarray(climbed).tobytes() == whole.tobytes()
 
 
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_a_channel_is_replaced_in_its_block(blocks: Blocks) -> None:
+    x, _ = layer(blocks)
+    seen = x.reshape(6, blocks.outer, blocks.num_blocks * blocks.size, blocks.inner)
+    values = np.arange(seen[:, :, 0].size, dtype=np.float32).reshape(seen[:, :, 0].shape)
+    block = blocks.num_blocks - 1
+    channel = block * blocks.size + np.arange(6) % blocks.size
+    expected = seen.copy()
+    for row in range(6):
+        expected[row, :, channel[row]] = values[row]
+    expected = expected.reshape(x.shape)[:, in_block(blocks, block)]
+    inputs = block_of(jnp.asarray(x), 1, blocks, block)
+    np.testing.assert_array_equal(replace_channel(inputs, blocks, channel, values), expected)
+
+
+def convolution(x, weights):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, weights, (1, 1), "SAME", dimension_numbers=layout)
+
+
+def test_convolution_is_numpys_tree_of_convolutions() -> None:
+    blocks = Blocks(1, 4, 3, 1, input_axis=3, weight_axis=2)
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(2, 5, 4, 12)).astype(np.float32)
+    weights = generator.normal(size=(3, 3, 12, 7)).astype(np.float32)
+    parts = [convolution(x[..., n : n + 3], weights[:, :, n : n + 3]) for n in range(0, 12, 3)]
+    expected = (np.asarray(parts[0]) + parts[1]) + (np.asarray(parts[2]) + parts[3])
+    np.testing.assert_array_equal(blocked_dot(x, weights, blocks, convolution), expected)
+    product = partials(x, weights, blocks, convolution)
+    for block in range(4):
+        np.testing.assert_array_equal(product.inputs[block], x[..., 3 * block : 3 * block + 3])
+        climbed = climb(product.levels[0][block], *siblings(product.levels, block))
+        assert np.asarray(climbed).tobytes() == expected.tobytes()
+    exact = torch.nn.functional.conv2d(
+        torch.tensor(x.transpose(0, 3, 1, 2)).double(),
+        torch.tensor(weights.transpose(3, 2, 0, 1)).double(), padding=1,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.moveaxis(expected, -1, 1), exact.numpy(), rtol=0, atol=1e-5)
+
+
 def traced(model, dtype=jnp.float32):
     apply_fn, params, shape = model()
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -90,6 +150,8 @@ def traced(model, dtype=jnp.float32):
         (wide_layers, {"conv": "ahead", "first/kernel": "own ahead", "second/kernel": "own"}),
         (wide_channels_first, {"out": "own"}),  # `wide` is used transposed, `conv` twice
         (plain_mlp, {}),
+        (wide_convolutions, {"in": "ahead", "shift": "ahead", "a": "ahead", "shortcut": "ahead"}),
+        (wide_convolutions_channels_first, {"in": "ahead"}),
     ],
 )
 def test_plans_use_blocks_where_they_may(model, expected: dict[str, str]) -> None:
@@ -109,7 +171,9 @@ def test_16_bit_layers_are_not_split() -> None:
     assert not traced(wide_layers, jnp.bfloat16)[2].blocks
 
 
-@pytest.mark.parametrize("model", [wide_layers, wide_channels_first], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model", [wide_layers, wide_channels_first, wide_convolutions], ids=lambda m: m.__name__
+)
 def test_network_in_blocks_is_the_users_network(model) -> None:
     apply_fn, params, network = traced(model)
     x = np.random.default_rng(0).normal(size=network.image.aval.shape).astype(np.float32)
@@ -144,3 +208,36 @@ def test_golden_nan_in_a_wide_layer_is_exact() -> None:
         for e in ("fast", "reference")
     )
     np.testing.assert_array_equal(fast.outcomes, reference.outcomes)
+
+
+def test_deep_networks_share_the_programs_of_their_suffixes() -> None:
+    module = MODELS["resnet18"]()
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), images)
+
+    def apply_fn(params, x):
+        statistics = jax.tree.map(lambda v: jnp.ones(v.shape, v.dtype), variables["batch_stats"])
+        return module.apply({"params": params, "batch_stats": statistics}, x)
+
+    plans = plan_leaves(trace_network(apply_fn, variables["params"], images))
+    starts = {plan.suffix_inputs for plan in plans}
+    cuts = [((plan.whole, plan.ahead), *plan.stops) for plan in plans]
+    programs = {pair for stops in cuts for pair in itertools.pairwise(stops)}
+    assert len(starts) > 15
+    assert len(programs) <= 2 * len(starts)  # of a layer, with the leaf before it and without
+
+
+def test_faults_of_one_block_are_saved_together() -> None:
+    _, params, network = traced(wide_layers)
+    inputs = np.random.default_rng(0).integers(0, 2048, 60)
+    faults = FaultList.from_sites([("first/kernel", (n, 3), 30) for n in inputs], params)
+    faults += faults_in_every_leaf(params)
+    part = part_of_layer(network, faults)
+    assert part[:60].tolist() == (inputs % 8).tolist()  # images of 8 channels, flattened
+    saved = split_blocks(faults, np.arange(len(faults)), part, 16, 1)
+    assert sorted(np.concatenate(saved)) == list(range(len(faults)))
+    for rows in saved:
+        assert len(rows) <= 16
+        assert len(set(faults.leaf[rows])) == 1
+    first = [part[rows] for rows in saved if faults.paths[faults.leaf[rows[0]]] == "first/kernel"]
+    assert all(a.max() <= b.min() for a, b in itertools.pairwise(first))

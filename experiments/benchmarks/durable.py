@@ -33,7 +33,8 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that it is kept.")
 def keep(campaign: Campaign, values: tuple[np.ndarray, np.ndarray], directory: Path) -> None:
     """Writes the campaign as `run_campaign` does, from nothing to merged."""
     faults, arrays = campaign.faults, {"golden": campaign.golden, "labels": campaign.labels}
-    blocks = split_blocks(faults, np.arange(len(faults)), FAULTS_PER_BLOCK, 1)
+    rows, part = np.arange(len(faults)), np.zeros(len(faults), np.int64)
+    blocks = split_blocks(faults, rows, part, FAULTS_PER_BLOCK, 1)
     with open_directory(directory, campaign.provenance, faults, values, arrays) as ledger:
         for rows in ledger.unclaimed(blocks):
             ledger.write(rows, Results(*(array[rows] for array in campaign.results)))

@@ -67,11 +67,14 @@ def timed_programs(clock: Clock) -> type[Programs]:
     class Timed(Programs):
         def __init__(self, network: Any, plan: Any, shared: dict):
             super().__init__(network, plan, shared)
-            columns, suffix = columns_arithmetic(network, plan), suffix_arithmetic(network, plan)
+            columns = columns_arithmetic(network, plan)
             self.faulty_columns = clock.timed("columns and tail", self.faulty_columns)
             self.columns = clock.timed("columns and tail", self.columns, columns)
             self.pack = clock.timed("packing", self.pack)
-            self.suffix = clock.timed("suffix", self.suffix, suffix)
+
+        def suffix(self, *args: Any) -> Any:
+            operations = suffix_arithmetic(self.network, self.plan)
+            return clock.timed("suffix", super().suffix, operations)(*args)
 
         def _run_prefix(self, setup: Any, known: dict) -> Any:
             wanted, start = (*self.plan.inputs, *self.plan.products), {*self.network.leaves, *known}
