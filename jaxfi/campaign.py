@@ -184,7 +184,7 @@ def run_campaign(
         params, function = jax.tree.map(jnp.asarray, params), network_function(network, apply_fn)
         golden, speed = golden_run(function, params, batches, len(images))
         setup = Setup(network, function, params, batches, labels, golden, nan, memory)
-        prices = {leaf: _price(cost) for leaf, cost in enumerate(costs)}
+        prices = {leaf: leaf_price(cost) for leaf, cost in enumerate(costs)}
         work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices)
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
@@ -234,7 +234,7 @@ class _Work(NamedTuple):
         return Results(verdict.outcome[None], verdict.due[None], correct)
 
 
-def _price(cost: LeafCost) -> Price:
+def leaf_price(cost: LeafCost) -> Price:
     """By the plan: as if every pair survived. A block ends groups of columns that are not full."""
     groups = cost.columns * cost.group_size * cost.num_blocks
     return Price(cost.columns + cost.suffix, groups)
