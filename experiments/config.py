@@ -22,6 +22,7 @@ from jaxfi.sampling import STUCK_AT, sample_size
 from jaxfi.training.config import TrainConfig
 
 CONFIG_FILE = "config.json"
+_LONGEST_NAME = 64  # of a flag
 FAULT_MODELS = (*BIT_MODELS, STUCK_AT, "zero")
 
 
@@ -135,10 +136,29 @@ def define_flags(values: flags.FlagValues, settings: type = Config) -> None:
 def parse_flags(arguments: Sequence[str]) -> list[str]:
     """Parses the command line; ends the program in one line for a flag it does not know."""
     try:
-        return flags.FLAGS(arguments)
-    # From a flagfile: no text; a name so long that absl's search for similar ones gives up.
-    except (flags.Error, UnicodeDecodeError, RecursionError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())} (--helpfull lists the flags)")
+        return read_flags(arguments, flags.FLAGS)
+    except ValueError as error:
+        sys.exit(f"error: {error} (--helpfull lists the flags)")
+
+
+def read_flags(arguments: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Reads flags and the flagfiles that they name into `values`; what is left is returned.
+
+    Args:
+      arguments: the program's name, then what the user wrote.
+
+    Raises ValueError, in one line, for whatever is no flag.
+    """
+    program, *given = arguments
+    try:
+        spelled = values.read_flags_from_files(given, force_gnu=False)
+        # For an unknown name absl looks for similar ones: of a long one, for seconds.
+        names = (text.partition("=")[0] for text in spelled if text.startswith("-"))
+        if any(len(name) > _LONGEST_NAME for name in names):
+            raise flags.Error(f"a flag's name has more than {_LONGEST_NAME} characters")
+        return values([program, *spelled])
+    except (flags.Error, UnicodeDecodeError) as error:  # from a flagfile, perhaps no text
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def config_from_flags(values: flags.FlagValues, settings: type = Config) -> Any:
@@ -151,7 +171,7 @@ def read_flagfile(path: Path, settings: type = Config) -> Any:
     """The configuration, a `settings`, that a flagfile spells."""
     values = flags.FlagValues()
     define_flags(values, settings)
-    values(["experiment", f"--flagfile={path}"])
+    read_flags(["experiment", f"--flagfile={path}"], values)
     return config_from_flags(values, settings)
 
 

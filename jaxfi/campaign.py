@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from jaxfi.checks import (
     in_batches,
 )
 from jaxfi.engine import ENGINES
-from jaxfi.explain import leaf_costs, plan_text
+from jaxfi.explain import LeafCost, leaf_costs, plan_text
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
 from jaxfi.fingerprint import fingerprint
@@ -43,7 +43,14 @@ from jaxfi.outcomes import (
 from jaxfi.plan import part_of_layer
 from jaxfi.slicing import ApplyFn, trace_network
 from jaxfi.store import load
-from jaxfi.workers import NotReproducible, run_blocks, run_checked, split_blocks, start_workers
+from jaxfi.workers import (
+    NotReproducible,
+    Price,
+    run_blocks,
+    run_checked,
+    split_blocks,
+    start_workers,
+)
 
 __all__ = ["ENGINES", "PRECISIONS", "Campaign", "NotReproducible", "load_campaign", "run_campaign"]
 
@@ -178,7 +185,8 @@ def run_campaign(
         params, function = jax.tree.map(jnp.asarray, params), network_function(network, apply_fn)
         golden, speed = golden_run(function, params, batches, len(images))
         setup = Setup(network, function, params, batches, labels, golden, nan, memory)
-        work = _Work(setup, faults, faults.activated(params), engine, seed, devices)
+        prices = {leaf: leaf_price(cost) for leaf, cost in enumerate(costs)}
+        work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices)
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
@@ -200,7 +208,10 @@ def load_campaign(directory: str | os.PathLike) -> Campaign:
 
 
 class _Work(NamedTuple):
-    """What a campaign runs, and where; faults that are not `activated` [F] need no run."""
+    """What a campaign runs, and where; faults that are not `activated` [F] need no run.
+
+    `prices` of the leaves are the plan's, where the engine has one.
+    """
 
     setup: Setup
     faults: FaultList
@@ -208,13 +219,15 @@ class _Work(NamedTuple):
     engine: str
     seed: int
     devices: Sequence[jax.Device]
+    prices: Mapping[int, Price]
 
     def blocks(self) -> list[np.ndarray]:
         """Of all faults, not only the unfinished: every process must see the same blocks."""
         num_workers = len(self.devices) * jax.process_count()
         rows = np.flatnonzero(self.activated)
         part = part_of_layer(self.setup.network, self.faults)
-        return split_blocks(self.faults, rows, part, FAULTS_PER_BLOCK, num_workers)
+        near = rows[np.argsort(part[rows], kind="stable")]  # those of one part share columns
+        return split_blocks(self.faults, near, FAULTS_PER_BLOCK, num_workers, self.prices)
 
     def masked(self) -> Results:
         """One fault's, if it changes nothing: golden's own."""
@@ -222,6 +235,11 @@ class _Work(NamedTuple):
         verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, self.setup.nan))
         correct = np.array([verdict.correct.sum()], np.int32)
         return Results(verdict.outcome[None], verdict.due[None], correct)
+
+
+def leaf_price(cost: LeafCost) -> Price:
+    """By the plan: as if every pair survived. A block ends a group of columns that is not full."""
+    return Price(cost.columns + cost.suffix, cost.columns * cost.group_size)
 
 
 def _provenance(work: _Work, precision: str) -> dict[str, Any]:

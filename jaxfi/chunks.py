@@ -154,6 +154,7 @@ def encode_chunk(
         row_group_size=4096,
         use_dictionary=["path", "model"],
         write_page_checksum=True,
+        write_statistics=[field.name for field in SCHEMA if field.type != pa.binary()],
     )
     return buffer.getvalue()
 
@@ -189,10 +190,7 @@ def decode_chunk(content: bytes, num_faults: int, num_images: int, campaign: str
 
 
 def _read_packed(table: pa.Table, num_images: int) -> np.ndarray:
-    content = b"".join(_without_gaps(table, "outcomes").to_pylist())
-    if len(content) != table.num_rows * packed_bytes(num_images):
-        raise ValueError("its outcomes have another length")
-    packed = np.frombuffer(content, np.uint8).reshape(table.num_rows, packed_bytes(num_images))
+    packed = _read_bytes(_without_gaps(table, "outcomes"), packed_bytes(num_images))
     changed, critical, _ = planes = _planes(packed)
     counted = [_column(table, name) for name in ("masked", "non_critical", "critical", "due")]
     padding = [plane[:, -1] >> (num_images - 1) % 8 + 1 for plane in planes]
@@ -203,6 +201,20 @@ def _read_packed(table: pa.Table, num_images: int) -> np.ndarray:
     ):
         raise ValueError("its counts are not those of its outcomes")
     return packed
+
+
+def _read_bytes(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """[k, width] uint8, of k values of `width` bytes each. ValueError if one is of another size."""
+    try:
+        column = column.cast(pa.binary(width))
+    except pa.ArrowInvalid:
+        raise ValueError("its outcomes have another length") from None
+    parts = [
+        np.frombuffer(part.buffers()[1], np.uint8, len(part) * width, part.offset * width)
+        for part in column.chunks
+        if len(part)
+    ]
+    return np.concatenate([np.empty(0, np.uint8), *parts]).reshape(-1, width)
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -216,9 +228,10 @@ def _without_gaps(table: pa.Table, name: str) -> pa.ChunkedArray:
     return column
 
 
-def _counts(packed: np.ndarray, num_images: int) -> list[np.ndarray]:
-    """[F] images that are masked, non-critical, critical, and DUE."""
-    changed, critical, due = (
-        np.bitwise_count(p).sum(axis=1, dtype=np.int32) for p in _planes(packed)
-    )
-    return [num_images - changed, changed - critical, critical, due]
+def _counts(packed: np.ndarray, num_images: int) -> np.ndarray:
+    """[4, F] images that are masked, non-critical, critical, and DUE."""
+    changed, critical, due = counts = np.empty((3, len(packed)), np.int32)
+    for some in _few_at_a_time(len(packed), num_images):
+        bits = np.bitwise_count(packed[some]).reshape(-1, 3, packed.shape[1] // 3)
+        counts[:, some] = bits.sum(axis=2, dtype=np.int32).T
+    return np.stack([num_images - changed, changed - critical, critical, due])

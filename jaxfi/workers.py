@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from jaxfi.golden import Setup
 from jaxfi.outcomes import MASKED, Results
 
 _FAULTS_PER_NULL = 128
-_BLOCKS_PER_WORKER = 4  # so that the last to finish is not far behind the first
+_BLOCKS_PER_WORKER = 4
 
 
 class NotReproducible(RuntimeError):
@@ -33,31 +34,49 @@ class Worker(NamedTuple):
     engine: Engine
 
 
+class Price(NamedTuple):
+    """What a leaf's faults take, in any unit.
+
+    Attributes:
+      fault: each of them.
+      block: a block beside its faults, at most; its faults then take at least as much.
+    """
+
+    fault: float
+    block: float = 0.0
+
+
 RunBlock = Callable[[Worker, np.ndarray, Advance], Results]
 
 
 def split_blocks(
-    faults: FaultList, rows: np.ndarray, part: np.ndarray, largest: int, num_workers: int
+    faults: FaultList,
+    rows: np.ndarray,
+    largest: int,
+    num_workers: int,
+    prices: Mapping[int, Price] | None = None,
 ) -> list[np.ndarray]:
     """Rows that are run and saved together: faults of one leaf, enough blocks for all workers.
 
     Args:
-      faults: the whole list; `rows` of it are divided, [k] integers.
-      part: [F] the part of its layer that each fault is in. Those in one part share columns, so
-        they stay together.
+      faults: the whole list.
+      rows: of it, [k] integers, are divided in their order: neighbours stay together.
       largest: faults in a block at most.
-      num_workers: devices of all processes.
+      num_workers: devices of all processes. Of several, each gets a few blocks, so that the last to
+        finish is not far behind the first.
+      prices: of each leaf that has faults; by default all faults take as long.
     """
-    size = largest
-    if num_workers > 1:
-        size = min(size, -(-len(rows) // (num_workers * _BLOCKS_PER_WORKER)) or 1)
-    by_leaf = rows[np.lexsort((part[rows], faults.leaf[rows]))]
-    ends = np.flatnonzero(np.diff(faults.leaf[by_leaf])) + 1
-    return [
-        np.sort(of_leaf[start : start + size])
-        for of_leaf in np.split(by_leaf, ends)
-        for start in range(0, len(of_leaf), size)
-    ]
+    leaves, counts = np.unique(faults.leaf[rows], return_counts=True)
+    of_leaf = {leaf: (prices or {}).get(leaf, Price(1.0)) for leaf in leaves}
+    total = sum(count * of_leaf[leaf].fault for leaf, count in zip(leaves, counts, strict=True))
+    share = total / (num_workers * _BLOCKS_PER_WORKER) if num_workers > 1 else np.inf
+    blocks = []
+    for leaf, price in of_leaf.items():
+        wanted = max(share, price.block) / price.fault if price.fault else largest
+        size = math.ceil(min(wanted, largest)) or 1
+        there = rows[faults.leaf[rows] == leaf]
+        blocks += [np.sort(there[n : n + size]) for n in range(0, len(there), size)]
+    return blocks
 
 
 def start_workers(setup: Setup, engine: str, devices: Sequence[jax.Device]) -> list[Worker]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from absl import flags
 
-from experiments.benchmarks import engine, sides, time_shares
+from experiments.benchmarks import campaign_plan, dealing, engine, sides, time_shares
 from jaxfi.fault_list import FaultList
 from tests.torch_models import TORCH_MODELS
 
@@ -141,3 +141,11 @@ def test_time_shares_count_every_part_of_a_campaign():
     network = 30 * 30 * 32 * 9 + 28 * 28 * 64 * 9 * 32 + 12_544 * 128 + 128 * 10
     assert clock.operations["golden run"] == 40 * 2 * network
     assert limit > 0
+
+
+def test_spreading_over_devices_is_that_of_a_hand_count() -> None:
+    survivors, leaf = np.array([4, 0, 1, 1, 2, 2, 0, 6, 9]), np.array([0] * 4 + [1] * 5)
+    # Steps of two devices with two faults each: 4 and 2, then 4 and 6; the last fault fills none.
+    assert dealing.in_lockstep(survivors, leaf, num_devices=2, step=2) == (4 + 6) / (3 + 5)
+    # Dealt: 5; 3, then 4 more; the last to whoever is free first, which is the first.
+    assert campaign_plan.unevenness([5, 3, 4, 1], num_devices=2) == 7 / 6.5

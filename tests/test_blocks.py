@@ -234,9 +234,10 @@ def test_faults_of_one_block_are_saved_together() -> None:
     faults += faults_in_every_leaf(params)
     part = part_of_layer(network, faults)
     assert part[:60].tolist() == (inputs % 8).tolist()  # images of 8 channels, flattened
-    saved = split_blocks(faults, np.arange(len(faults)), part, 16, 1)
+    saved = split_blocks(faults, np.argsort(part, kind="stable"), 16, 1)
     assert sorted(np.concatenate(saved)) == list(range(len(faults)))
     for rows in saved:
+        assert all(np.diff(rows) > 0)
         assert len(rows) <= 16
         assert len(set(faults.leaf[rows])) == 1
     first = [part[rows] for rows in saved if faults.paths[faults.leaf[rows[0]]] == "first/kernel"]

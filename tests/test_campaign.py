@@ -28,7 +28,9 @@ from jaxfi import (
 )
 from jaxfi.convert import from_torch, to_torch
 from jaxfi.description import read_description, read_faults
+from jaxfi.fault_list import FaultList
 from jaxfi.models import MODELS
+from jaxfi.workers import Price, split_blocks
 from tests.conformance_models import plain_mlp
 from tests.test_conformance import faults_in_every_leaf
 from tests.torch_models import TORCH_MODELS
@@ -330,6 +332,40 @@ def test_several_processes_need_a_directory(monkeypatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(ValueError, match="3 processes need a workdir"):
         run_campaign(**arguments())
+
+
+def faults_of(counts: list[int]) -> FaultList:
+    """So many faults in each of the leaves."""
+    params = {f"leaf{number}": np.zeros(1000, np.float32) for number in range(len(counts))}
+    leaf = np.repeat(np.arange(len(counts)), counts)
+    element = np.concatenate([np.arange(count) for count in counts])
+    return FaultList.from_arrays(params, leaf, element, 0, "bit-flip", np.nan)
+
+
+def test_blocks_divide_the_rows_of_each_leaf() -> None:
+    faults = faults_of([100, 3, 900])
+    rows = np.flatnonzero(faults.element % 7 > 0)
+    for num_workers, prices in ((1, None), (3, None), (2, {0: Price(3.0, 5.0), 1: Price(0.0)})):
+        blocks = split_blocks(faults, rows, 200, num_workers, prices)
+        np.testing.assert_array_equal(np.sort(np.concatenate(blocks)), rows)
+        assert all(len(np.unique(faults.leaf[block])) == 1 for block in blocks)
+        assert max(map(len, blocks)) <= 200
+        assert len(blocks) >= (4 if num_workers > 1 else 1) * num_workers
+
+
+def test_a_leaf_whose_faults_take_long_is_cut_finer() -> None:
+    """By hand: 100 faults of 9 and 900 of 1 are 1,800; a quarter of a worker's 450 is 113."""
+    faults = faults_of([100, 900])
+    rows = np.arange(1000)
+
+    def sizes(prices: dict[int, Price]) -> list[list[int]]:
+        blocks = split_blocks(faults, rows, 2048, 4, prices)
+        return [[len(b) for b in blocks if faults.leaf[b[0]] == leaf] for leaf in (0, 1)]
+
+    assert sizes({0: Price(9.0), 1: Price(1.0)}) == [[13] * 7 + [9], [113] * 7 + [109]]
+    # A block takes 270 beside its faults: it holds 30, which take as much.
+    assert sizes({0: Price(9.0, 270.0), 1: Price(1.0)}) == [[30] * 3 + [10], [113] * 7 + [109]]
+    assert sizes({0: Price(0.0), 1: Price(1.0)})[0] == [100]  # nothing to run
 
 
 def test_outcomes_do_not_depend_on_how_many_devices() -> None:

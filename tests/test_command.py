@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from absl import flags
 
 from experiments.command import one_line, run_command, workdir_from
+from experiments.config import define_flags, parse_flags, read_flags
 from jaxfi.campaign import NotReproducible
 
 
@@ -54,3 +57,39 @@ def test_a_missing_workdir_is_named():
 
 def test_line_breaks_go():
     assert one_line(ValueError("a\n b\tc")) == "a b c"
+
+
+def flag_values() -> flags.FlagValues:
+    values = flags.FlagValues()
+    define_flags(values)
+    return values
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"--epoch=3", "Unknown command line flag 'epoch'. Did you mean: epochs"),
+        (b"--epochs=three", "flag --epochs=three: invalid literal"),
+        (b"--seed=1\n--" + 10**5 * b"x", "a flag's name has more than 64 characters"),
+        (b"--workdir=\xff\xfe", "can't decode byte 0xff"),
+    ],
+)
+def test_a_flagfile_that_is_none_is_refused_in_one_line(tmp_path: Path, content, message):
+    path = tmp_path / "a.flags"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+        read_flags(["gr", f"--flagfile={path}"], flag_values())
+
+
+def test_only_names_must_be_short():
+    values = flag_values()
+    long = "folder/" * 100
+    assert read_flags(["gr", "--workdir", long, f"--fault_list={long}", "left"], values) == [
+        "gr", "left",
+    ]  # fmt: skip
+    assert values.workdir == values.fault_list == long
+
+
+def test_the_command_line_ends_the_program_in_one_line():
+    with pytest.raises(SystemExit, match=r"^error: a flag's name has .*--helpfull lists the flags"):
+        parse_flags(["gr", "--" + 1000 * "x"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -9,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +48,19 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@contextlib.contextmanager
+def running_job(*given: Any, **named: Any) -> Iterator[list[subprocess.Popen]]:
+    """A job that is killed at the end, as a scheduler does after one member died."""
+    members = start_job(*given, **named)
+    try:
+        yield members
+    finally:
+        for member in members:
+            member.kill()
+            if not member.stdout.closed:  # as it is after another communicate()
+                member.communicate()
+
+
 def start_job(
     directory: Path, num_processes: int, pause: float = 0.0, *, slurm: bool = False
 ) -> list[subprocess.Popen]:
@@ -74,25 +90,20 @@ def slurm_variables(num_processes: int, process_id: int) -> dict[str, str]:
     }
 
 
-def finish_job(members: list[subprocess.Popen]) -> list[str]:
-    """What each printed, once all have ended well."""
+def run_job(*given: Any, **named: Any) -> list[str]:
+    """What each member printed, once all have ended well."""
     printed = []
-    try:
+    with running_job(*given, **named) as members:
         for member in members:
             out, error = member.communicate(timeout=600)
             assert member.returncode == 0, error[-3000:]
             printed.append(out)
-    finally:
-        kill_job(members)
     return printed
 
 
-def kill_job(members: list[subprocess.Popen]) -> None:
-    """As a scheduler does, after one member died. Those that have ended stay as they are."""
-    for member in members:
-        member.kill()
-        if not member.stdout.closed:  # as it is after another communicate()
-            member.communicate()
+def wait_for_block(member: subprocess.Popen) -> None:
+    line = member.stdout.readline()
+    assert line == "block\n", member.communicate()[1][-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +113,7 @@ def alone():
 
 
 def test_two_processes_under_slurm_share_the_work(tmp_path: Path, alone) -> None:
-    printed = finish_job(start_job(tmp_path, 2, pause=0.2, slurm=True))
+    printed = run_job(tmp_path, 2, pause=0.2, slurm=True)
     shares = [text.count("block") for text in printed]
     assert all(shares), "one process did nothing"
     assert len({text.splitlines()[-1] for text in printed}) == 1
@@ -115,16 +126,15 @@ def test_two_processes_under_slurm_share_the_work(tmp_path: Path, alone) -> None
 def test_a_killed_process_and_a_restarted_job(
     tmp_path: Path, alone, num_processes: int, victim: int
 ) -> None:
-    members = start_job(tmp_path, num_processes, pause=0.5)
-    assert members[victim].stdout.readline() == "block\n"
-    time.sleep(random.Random(num_processes).uniform(0, 1))
-    members[victim].send_signal(signal.SIGKILL)
-    members[victim].wait()
-    time.sleep(1)
-    kill_job(members)
+    with running_job(tmp_path, num_processes, pause=0.5) as members:
+        wait_for_block(members[victim])
+        time.sleep(random.Random(num_processes).uniform(0, 1))
+        members[victim].send_signal(signal.SIGKILL)
+        members[victim].wait()
+        time.sleep(1)
     with pytest.raises(ValueError, match="not finished|no golden outputs"):
         load_campaign(tmp_path)
-    printed = finish_job(start_job(tmp_path, num_processes))
+    printed = run_job(tmp_path, num_processes)
     assert {text.splitlines()[-1] for text in printed} == {f"outcomes {alone.outcomes.sum()}"}
     assert_same(load_campaign(tmp_path), alone)
     one = run_campaign(**arguments(), workdir=tmp_path)  # and one process may read it all
@@ -134,12 +144,11 @@ def test_a_killed_process_and_a_restarted_job(
 @pytest.mark.slow
 def test_the_others_do_what_a_dead_process_left(tmp_path: Path, alone) -> None:
     """Without a restart: the campaign is whole before JAX's runtime gives the job up."""
-    members = start_job(tmp_path, 2, pause=0.5)
-    assert members[1].stdout.readline() == "block\n"
-    members[1].kill()
-    while (line := members[0].stdout.readline()) == "block\n":
-        pass
-    kill_job(members)
+    with running_job(tmp_path, 2, pause=0.5) as members:
+        wait_for_block(members[1])
+        members[1].kill()
+        while (line := members[0].stdout.readline()) == "block\n":
+            pass
     assert line == f"outcomes {alone.outcomes.sum()}\n"
     assert_same(load_campaign(tmp_path), alone)
 

@@ -555,11 +555,15 @@ def replaced(**columns: object) -> Callable[[pa.Table], pa.Table]:
 
     def change(table: pa.Table) -> pa.Table:
         for name, value in columns.items():
-            number, field = table.schema.get_field_index(name), table.schema.field(name)
-            table = table.set_column(number, field, pa.array([value] * len(table), field.type))
+            table = replaced_column(table, name, [value] * len(table))
         return table
 
     return change
+
+
+def replaced_column(table: pa.Table, name: str, values: list) -> pa.Table:
+    number, field = table.schema.get_field_index(name), table.schema.field(name)
+    return table.set_column(number, field, pa.array(values, field.type))
 
 
 @pytest.mark.parametrize(
@@ -572,6 +576,7 @@ def replaced(**columns: object) -> Callable[[pa.Table], pa.Table]:
         (replaced(correct=10), "more correct images than there are"),
         (replaced(correct=-1), "more correct images than there are"),
         (replaced(outcomes=bytes(5)), "another length"),
+        (lambda table: replaced_column(table, "outcomes", [bytes(5), bytes(7)] * 2), "another len"),
         (replaced(outcomes=b"\1" + bytes(5)), "its counts are not those"),
         # Critical and not changed; the second is an image that there is not.
         (replaced(outcomes=bytes(2) + b"\1" + bytes(3), non_critical=-1, critical=1), "its counts"),

@@ -7,7 +7,8 @@ from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,13 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
+from jaxfi.campaign import FAULTS_PER_BLOCK, leaf_price
 from jaxfi.explain import LeafCost, explain
 from jaxfi.fault_list import FaultList
 from jaxfi.faults import PyTree
 from jaxfi.plan_costs import network_arithmetic
 from jaxfi.slicing import trace_network
+from jaxfi.workers import split_blocks
 
 _PEAK = flags.DEFINE_float("peak", 67e12, "Operations a second of a device: H200, float32.")
 _REACHED = flags.DEFINE_float("reached", 0.5, "Share of the peak that is reached.")
@@ -31,7 +34,8 @@ class CampaignPlan(NamedTuple):
     """What a campaign on a network takes, by the engine's plan.
 
     Attributes:
-      num_parameters, num_faults: of the network; of the campaign.
+      num_parameters: of the network.
+      faults: of the campaign.
       network: operations of one image through the network.
       costs: each leaf's.
       golden: operations of the golden values that all leaves start from, all images.
@@ -40,7 +44,7 @@ class CampaignPlan(NamedTuple):
     """
 
     num_parameters: int
-    num_faults: int
+    faults: FaultList
     network: float
     costs: list[LeafCost]
     golden: float
@@ -51,6 +55,10 @@ class CampaignPlan(NamedTuple):
     def operations(self, surviving: float) -> float:
         """Of the whole campaign, if this share of the pairs needs the suffix."""
         return self.golden + self.columns + surviving * self.suffix
+
+    @property
+    def num_faults(self) -> int:
+        return len(self.faults)
 
     @property
     def num_leaves(self) -> int:
@@ -81,7 +89,7 @@ def plan_campaign(
     pairs = network * images.shape[0]
     return CampaignPlan(
         num_parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)),
-        num_faults=len(faults),
+        faults=faults,
         network=network,
         costs=costs,
         golden=pairs * sum((1 - cost.suffix) for cost in costs if cost.num_faults),
@@ -89,6 +97,40 @@ def plan_campaign(
         suffix=pairs * sum(cost.num_faults * cost.suffix for cost in costs),
         largest=max(cost.golden_bytes for cost in costs),
     )
+
+
+def dealt_work(
+    plan: CampaignPlan, num_devices: int, surviving: np.ndarray, *, alike: bool = False
+) -> list[float]:
+    """What each block of the campaign takes, in runs of the whole network on all images.
+
+    Args:
+      num_devices: that the blocks are made for.
+      surviving: [F] share of each fault's pairs that need the suffix.
+      alike: make the blocks as if all faults took as long.
+    """
+    prices = None if alike else {leaf: leaf_price(cost) for leaf, cost in enumerate(plan.costs)}
+    rows = np.arange(plan.num_faults)
+    blocks = split_blocks(plan.faults, rows, FAULTS_PER_BLOCK, num_devices, prices)
+    costs = [_of_block(plan.costs[plan.faults.leaf[block[0]]], len(block)) for block in blocks]
+    return [
+        cost.num_columns * cost.columns + surviving[block].sum() * cost.suffix
+        for cost, block in zip(costs, blocks, strict=True)
+    ]
+
+
+def _of_block(cost: LeafCost, num_faults: int) -> LeafCost:
+    """Of so many of a leaf's faults, which are in the same share of its layer's blocks."""
+    parts = -(-cost.num_blocks * num_faults // cost.num_faults)
+    return cost._replace(num_faults=num_faults, num_blocks=parts)
+
+
+def unevenness(work: Iterable[float], num_devices: int) -> float:
+    """Work of the device that ends last over the mean's, if each takes the next when it is free."""
+    devices = [0.0] * num_devices
+    for amount in work:
+        heapq.heappush(devices, heapq.heappop(devices) + amount)
+    return max(devices) / float(np.mean(devices))
 
 
 def computing_seconds(operations: float, num_devices: int = 1) -> float:

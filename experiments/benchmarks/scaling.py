@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from flax import linen as nn
 
@@ -20,7 +21,9 @@ from experiments.benchmarks.campaign_plan import (
     CampaignPlan,
     compiling_seconds,
     computing_seconds,
+    dealt_work,
     plan_campaign,
+    unevenness,
 )
 from experiments.command import run_command
 from experiments.config import parse_flags
@@ -108,13 +111,21 @@ def plan_network(module: nn.Module) -> CampaignPlan:
 
 
 def hours(plan: CampaignPlan, num_devices: int) -> float:
-    """Of the campaign. A device compiles and starts from golden values for every leaf it meets:
-    all of them if it is alone, at least the leaves of its `_BLOCKS` blocks if there are many."""
+    """Of the campaign, until the last device is done. A device compiles and starts from golden
+    values for every leaf it meets: all of them if it is alone, at least the leaves of its `_BLOCKS`
+    blocks if there are many."""
     leaves = plan.num_leaves
     met = min(leaves, max(_BLOCKS, leaves / num_devices))
     repeated = met * num_devices / leaves
     operations = plan.operations(_SURVIVING.value) + (repeated - 1) * plan.golden
-    return (computing_seconds(operations, num_devices) + compiling_seconds(met)) / 3600
+    seconds = computing_seconds(operations, num_devices) * last_device(plan, num_devices)
+    return (seconds + compiling_seconds(met)) / 3600
+
+
+def last_device(plan: CampaignPlan, num_devices: int) -> float:
+    """Its work over the mean's."""
+    surviving = np.full(plan.num_faults, _SURVIVING.value)
+    return unevenness(dealt_work(plan, num_devices, surviving), num_devices)
 
 
 def print_plan(name: str, plan: CampaignPlan) -> None:
@@ -132,7 +143,8 @@ def print_plan(name: str, plan: CampaignPlan) -> None:
     print(f"  golden values of one batch          at most {plan.largest / 2**30:.2f} GiB")
     print(f"  batches of them kept at once        {int(budget // max(1, plan.largest))}")
     for devices in _DEVICES:
-        print(f"  hours on {devices:3} devices                {hours(plan, devices):,.2f}")
+        print(f"  hours on {devices:3} devices                {hours(plan, devices):,.2f}, "
+              f"the last works {last_device(plan, devices):.2f} times the mean")  # fmt: skip
     for cost in plan.costs:
         if cost.method == "slice" and cost.num_faults:
             print(f"  slice: {cost.path}: {cost.reason}")
