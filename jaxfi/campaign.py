@@ -184,7 +184,8 @@ def run_campaign(
         memory = checked_memory(memory_budget, devices, num_kept, costs)
         params, function = jax.tree.map(jnp.asarray, params), network_function(network, apply_fn)
         golden, speed = golden_run(function, params, batches, len(images))
-        setup = Setup(network, function, params, batches, labels, golden, nan, memory)
+        leaves = tuple(np.unique(faults.leaf).tolist())
+        setup = Setup(network, function, params, batches, labels, golden, nan, memory, leaves)
         prices = {leaf: leaf_price(cost) for leaf, cost in enumerate(costs)}
         work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices)
         provenance = _provenance(work, precision)

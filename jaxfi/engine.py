@@ -75,7 +75,7 @@ def vmap_engine(setup: Setup, lanes: int = 8) -> Engine:
 
 def fast_engine(setup: Setup) -> Engine:
     """Columns, channel tail and packed suffix; each leaf's programs are compiled once."""
-    plans = plan_leaves(setup.network)
+    plans = plan_leaves(setup.network, setup.leaves)
     programs: dict[int, Programs] = {}
     shared: dict = {}
 

@@ -97,10 +97,14 @@ def explain(
 
 def leaf_costs(network: Network, faults: FaultList | None) -> list[LeafCost]:
     """`explain` of a traced network."""
-    counts = np.zeros(len(network.leaves), int)
-    if faults is not None:
+    if faults is None:
+        counts = np.zeros(len(network.leaves), int)
+        plans = plan_leaves(network, range(len(counts)))
+    else:
         counts = np.bincount(faults.leaf, minlength=len(network.leaves))
-    return [_cost(network, plan, int(counts[plan.leaf])) for plan in plan_leaves(network)]
+        idle, faulty = (np.flatnonzero(there).tolist() for there in (counts == 0, counts > 0))
+        plans = plan_leaves(network, idle) | plan_leaves(network, faulty)
+    return [_cost(network, plans[leaf], int(count)) for leaf, count in enumerate(counts)]
 
 
 def least_memory(costs: list[LeafCost]) -> int:

@@ -26,6 +26,7 @@ class Setup:
       golden: [N, classes] fault-free outputs.
       nan: see `jaxfi.outcomes.judge`.
       memory: bytes that golden values and working space may take together.
+      leaves: positions of the leaves that have faults.
     """
 
     network: Network
@@ -36,6 +37,7 @@ class Setup:
     golden: np.ndarray
     nan: str
     memory: int
+    leaves: tuple[int, ...]
 
     @property
     def num_images(self) -> int:
@@ -51,7 +53,7 @@ class Setup:
 
 
 def network_function(network: Network, apply_fn: ApplyFn) -> ApplyFn:
-    """`apply_fn` as every engine computes it: wide dense layers summed in blocks."""
+    """`apply_fn` as every engine computes it: wide layers summed in blocks."""
     if not network.blocks:
         return apply_fn
 

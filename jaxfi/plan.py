@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -116,25 +116,25 @@ class LeafPlan:
         return self.packed + self.carried
 
 
-def plan_leaves(network: Network) -> list[LeafPlan]:
-    """A plan for every leaf. Those with one suffix, a layer's, get one prefix too: fewer programs
-    to compile."""
-    plans = [plan_leaf(network, leaf) for leaf in range(len(network.leaves))]
+def plan_leaves(network: Network, leaves: Collection[int]) -> dict[int, LeafPlan]:
+    """A plan for each of the leaves. Those with one suffix, a layer's, get one prefix too: fewer
+    programs to compile."""
+    plans = {leaf: plan_leaf(network, leaf) for leaf in leaves}
     inputs: dict[tuple, dict[core.Var, None]] = {}
     products: dict[tuple, dict[core.Var, None]] = {}
-    for plan in plans:
+    for plan in plans.values():
         inputs.setdefault(plan.suffix_inputs, {}).update(dict.fromkeys(plan.inputs))
         products.setdefault(plan.suffix_inputs, {}).update(dict.fromkeys(plan.products))
-    cuts = _Cuts(network, plans)
-    return [
-        dataclasses.replace(
+    cuts = _Cuts(network, plans.values())
+    return {
+        leaf: dataclasses.replace(
             plan,
             inputs=tuple(inputs[plan.suffix_inputs]),
             products=_in_order(network, products[plan.suffix_inputs]),
             stops=cuts.behind(plan),
         )
-        for plan in plans
-    ]
+        for leaf, plan in plans.items()
+    }
 
 
 def part_of_layer(network: Network, faults: FaultList) -> np.ndarray:

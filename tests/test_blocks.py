@@ -156,7 +156,7 @@ def traced(model, dtype=jnp.float32):
 )
 def test_plans_use_blocks_where_they_may(model, expected: dict[str, str]) -> None:
     _, _, network = traced(model)
-    for plan in plan_leaves(network):
+    for plan in plan_leaves(network, range(len(network.leaves))).values():
         path = network.paths[plan.leaf]
         for name, result in (("own", plan.own), ("ahead", plan.ahead)):
             has_blocks = name in expected.get(path.removesuffix("/bias") + "/kernel", "").split()
@@ -219,7 +219,8 @@ def test_deep_networks_share_the_programs_of_their_suffixes() -> None:
         statistics = jax.tree.map(lambda v: jnp.ones(v.shape, v.dtype), variables["batch_stats"])
         return module.apply({"params": params, "batch_stats": statistics}, x)
 
-    plans = plan_leaves(trace_network(apply_fn, variables["params"], images))
+    network = trace_network(apply_fn, variables["params"], images)
+    plans = plan_leaves(network, range(len(network.leaves))).values()
     starts = {plan.suffix_inputs for plan in plans}
     cuts = [((plan.whole, plan.ahead), *plan.stops) for plan in plans]
     programs = {pair for stops in cuts for pair in itertools.pairwise(stops)}
