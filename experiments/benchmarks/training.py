@@ -1,6 +1,6 @@
 """Step time of training LeNet, batch 64, against PyTorch: A B A B in one run, default loss and GR.
 
-    python experiments/benchmarks/training.py [--rounds 5] [--steps 20] [--json FILE]
+    python -m experiments.benchmarks.training --rounds=5 --steps=20 --out=training.json
 
 Both sides take whole steps on prepared batches: forward pass with dropout, gradient (with α = .06:
 of the penalized loss), Adadelta. Augmentation is left out, since PyTorch does it elsewhere. Neither
@@ -9,29 +9,33 @@ side is told how many threads to use.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from absl import app, flags
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+from experiments.benchmarks.engine import machine, versions
+from experiments.command import run_command
+from experiments.config import parse_flags
+from jaxfi.files import write_whole
 from jaxfi.models import MODELS
 from jaxfi.training.config import TrainConfig
 from jaxfi.training.loop import epoch_batches
 from jaxfi.training.plan import choose_plan
 from jaxfi.training.step import initial_state, make_run_steps
 from tests.torch_models import TORCH_MODELS
+
+_NETWORK = flags.DEFINE_enum("network", "lenet", list(TORCH_MODELS), "What is trained.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often the two take turns.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps that each takes in a round.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "JSON file of the result.")
 
 BATCH = 64
 STATISTICS = ((0.5,) * 3, (0.5,) * 3)
@@ -108,25 +112,24 @@ def compare(name: str, alpha: float, rounds: int, steps: int) -> dict:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="lenet", choices=TORCH_MODELS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="file for the result")
-    arguments = parser.parse_args()
+def measure() -> None:
+    """Prints the result, and writes it if there is a file for it."""
     report = {
-        "machine": {"processor": platform.processor(), "cores": os.cpu_count()},
-        "versions": {"jax": jax.__version__, "torch": torch.__version__},
+        "machine": machine(),
+        "versions": versions(),
         "results": [
-            compare(arguments.model, alpha, arguments.rounds, arguments.steps)
-            for alpha in (0.0, 0.06)
+            compare(_NETWORK.value, alpha, _ROUNDS.value, _STEPS.value) for alpha in (0.0, 0.06)
         ],
     }
-    print(json.dumps(report, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    text = json.dumps(report, indent=2) + "\n"
+    print(text, end="")
+    if _OUT.value:
+        write_whole(Path(_OUT.value), text.encode())
+
+
+def main(argv: Sequence[str]) -> None:
+    run_command(argv, measure, "stopped")
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main, flags_parser=parse_flags)
