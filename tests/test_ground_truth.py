@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +311,18 @@ def test_the_published_outcomes(reference_dir, tmp_path):
     for part in ground_truth.run(found, tmp_path):
         for published, measured in (part.masked, part.critical):
             assert abs(published - measured.value) < 0.1, part
+
+
+@pytest.mark.parametrize("file, module, changes", [
+    ("config.json", ground_truth, []),
+    ("conv1_config.json", ground_truth,
+     ["--paths=conv1/*", "--bits=30", "--num_faults=0", "--num_images=10000"]),
+    ("arithmetic_config.json", arithmetic, []),
+])  # fmt: skip
+def test_results_are_of_the_flagfiles(file, module, changes):
+    name = module.__name__.partition(".")[2]
+    texts = [f"--flagfile={ROOT}/experiments/flags/{name}.flags", *changes]
+    texts += ["--weights=weights.npz", *["--outcomes=outcomes.csv"] * (module is ground_truth)]
+    found = dataclasses.asdict(module.settings_from_flags(parsed(module, texts)))
+    stored = json.loads((ROOT / "docs" / "results" / "ground_truth" / file).read_text())
+    assert stored == json.loads(json.dumps(found))

@@ -27,7 +27,13 @@ from jaxfi.data import load_dataset
 from jaxfi.models import MODELS
 from jaxfi.models.layers import convolution, dense
 from jaxfi.report.study import write_study
-from jaxfi.report.study_figures import areas, by_bit, by_injections, training_curves
+from jaxfi.report.study_figures import (
+    areas,
+    by_bit,
+    by_injections,
+    training_curves,
+    weight_statistics,
+)
 from jaxfi.report.study_logs import ROBUSTNESS_COLUMNS, logged_ranges
 from jaxfi.report.study_tables import (
     Curve,
@@ -345,6 +351,15 @@ def test_training_curves_have_the_learning_rate_on_a_second_axis(finished):
         np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 2, 3])
 
 
+@pytest.mark.parametrize("spread, scale", [(9, "linear"), (100, "log")])
+def test_weight_statistics_far_apart_are_drawn_by_their_logarithm(spread, scale):
+    rows = [
+        {"strategy": name, "epoch": "1", "weight_mean": mean, "weight_std": std, "weight_l2": std}
+        for name, mean, std in (("a", "-.1", "1"), ("b", ".1", str(spread)), ("c", "nan", "nan"))
+    ]
+    assert [axes.get_yscale() for axes in weight_statistics(rows).axes] == ["linear", scale, scale]
+
+
 def test_a_learning_rate_of_zero_is_drawn(finished):
     rows = [row | {"learning_rate": "0"} if row["epoch"] == "3" else row
             for row in table(finished / "training.csv")]  # fmt: skip
@@ -581,6 +596,8 @@ def test_the_fields_of_a_word_are_marked(flipped):
     figure = by_bit(table(flipped / "accuracy_by_bit.csv"))
     marked = [{text.get_text() for text in axes.texts} for axes in figure.axes]
     assert marked == [{"sign", "exponent", "mantissa"}] * 2 + [{"sign"}]
+    assert {62, 54} < set(figure.axes[0].get_xticks())
+    assert [set(axes.get_xticks()) for axes in figure.axes[1:]] == [{*range(16)}, {*range(8)}]
 
 
 def test_bits_are_not_flipped_again(flipped, monkeypatch):

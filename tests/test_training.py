@@ -186,7 +186,7 @@ TORCH_OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_equals_torch(name, weight_decay):
     make, settings = TORCH_OPTIMIZERS[name]
@@ -252,8 +252,8 @@ def test_step_decay_equals_torch():
 
 
 def test_cosine_annealing_equals_torch():
-    expected = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20))
-    ours = [cosine_annealing(0.1, epoch, 20) for epoch in range(20)]
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20), None, 50)
+    ours = [cosine_annealing(0.1, epoch, 20) for epoch in range(50)]  # it rises again after 20
     np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
 
 

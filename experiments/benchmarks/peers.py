@@ -31,6 +31,7 @@ from experiments.command import run_command, workdir_from
 from experiments.config import parse_flags
 from experiments.published_network import Subject, load_subject
 from jaxfi.campaign import run_campaign
+from jaxfi.compilation import compiled
 from jaxfi.convert import FLATTENED, load_state, read_fault_list
 from jaxfi.convert.layout import to_torch_layout, torch_name
 from jaxfi.fault_list import FaultList
@@ -139,7 +140,7 @@ def run_jaxfi(subject: Subject, faults: FaultList, size: int) -> Run:
         nan="argmax", batch_size=size,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    network = jax.jit(lambda fault, x: subject.apply_fn(inject(subject.params, fault), x))
+    network = compiled(lambda fault, x: subject.apply_fn(inject(subject.params, fault), x))
     change = np.empty(campaign.outcomes.shape, np.float32)
     with jax.default_matmul_precision("highest"):
         for row in range(len(faults)):

@@ -104,6 +104,8 @@ def weight_statistics(rows: Rows) -> Figure:
                 style = _line_style(number, len(strategies))
                 axes.plot(numbers(part, "epoch"), values, label=name, markersize=2.5, **style)
             axes.set(xlabel="Epoch", title=label)
+            if column != "weight_mean" and _is_wide(numbers(rows, column)):
+                axes.set_yscale("log")
             axes.tick_params(labelsize=7)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3,
                       fontsize=6.5)  # fmt: skip
@@ -241,13 +243,20 @@ def _mark_word(axes: Axes, dtype: str) -> None:
         axes.annotate("sign", (width - 1, 1.02), xycoords=("data", "axes fraction"), ha="center",
                       va="bottom", fontsize=7.5, annotation_clip=False)  # fmt: skip
         axes.set_xlim(width - 0.3, -0.7)
-        axes.set_xticks(range(width))
+    # Every position where labels fit; of 64 every fourth, bits 62 and 54 among them.
+    axes.set_xticks(range(width) if width <= 32 else range(2, width, 4))
 
 
 def _mean_curve(curves: Iterable[Curves]) -> dict[int, float]:
     """Mean over strategies and trials, by number of faults."""
     curves = list(curves)
     return {count: float(np.mean([curve[count].mean() for curve in curves])) for count in curves[0]}
+
+
+def _is_wide(values: np.ndarray) -> bool:
+    """Values > 0 that only a logarithm shows side by side."""
+    finite = values[np.isfinite(values)]
+    return bool(finite.size and 0 < 10 * finite.min() < finite.max())
 
 
 def _line_style(number: int, total: int) -> dict[str, Any]:
