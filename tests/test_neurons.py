@@ -19,9 +19,10 @@ from jaxfi.neurons import (
     with_neuron_words,
     with_random_values,
 )
-from jaxfi.report.figures import outcomes_by_bit
+from jaxfi.report.figures import critical_by_layer, outcomes_by_bit
 from jaxfi.report.html import write_report
 from jaxfi.report.shares import shares_by_layer
+from jaxfi.report.tables import table_row
 from jaxfi.sampling import exhaustive_faults, sample_faults
 
 BATCH = 6
@@ -198,8 +199,14 @@ def test_engines_agree_on_neuron_faults(variables, apply_fn, images):
     assert len(set(fast.outcomes.reshape(-1).tolist())) > 1
     figure = outcomes_by_bit({"neurons": fast})
     assert "exponent" in [text.get_text() for text in figure.axes[0].texts]
+    row = table_row(fast, dataset="made up", model="small", loss="default", optimizer="none",
+                    epochs=0, alpha=0.0)  # fmt: skip
+    assert row.rates.masked.value == (fast.outcomes == 0).mean()
     layers = {part.name for part in shares_by_layer(fast)}
     assert layers <= {f"neurons/{name}" for name in neurons}
+    (axes,) = critical_by_layer({"neurons": fast}).axes
+    drawn = {label.get_text().partition(" ")[0] for label in axes.get_yticklabels()}
+    assert drawn == layers
 
 
 def test_a_census_of_crashes_knows_its_population(variables, apply_fn, images, tmp_path):

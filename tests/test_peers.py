@@ -11,9 +11,10 @@ import torch
 
 from experiments.benchmarks import peers
 from experiments.benchmarks.peer_tools import TOOLS, TorchFault, installed_tools
+from experiments.published_network import Subject
 from jaxfi.fault_list import FaultList
 from jaxfi.models import MODELS
-from jaxfi.outcomes import classify
+from jaxfi.outcomes import NON_CRITICAL, classify
 from tests.torch_models import TORCH_MODELS
 
 FAULTS = [
@@ -76,3 +77,20 @@ def test_outcomes_are_the_librarys():
 def test_peers_are_found_by_their_packages():
     for name in set(TOOLS) - {"PyTorch"}:
         assert (name in installed_tools()) == bool(importlib.util.find_spec(name.lower()))
+
+
+def test_the_size_of_a_change_is_of_the_campaigns_arithmetic():
+    """Plain `jax.jit` lets XLA's CPU library fuse ReLU and mean, and makes 0 of the NaN."""
+    params = {"first": np.ones((1, 1, 1, 64), np.float32), "last": np.ones((64, 3), np.float32)}
+
+    def apply(params, images):
+        return jax.nn.relu(images * params["first"] + 1).mean((1, 2)) @ params["last"]
+
+    images = np.zeros((4, 8, 8, 64), np.float32)  # times infinity, but for the first
+    images[0] = 1
+    subject = Subject(apply, params, images, np.zeros(4, np.int32), "made up")
+    faults = FaultList.from_sites([("first", 5, 30)], params)  # 1 becomes infinity
+    found = peers.run_jaxfi(subject, faults, size=2)
+    assert np.isinf(found.change[0, 0])
+    assert np.isnan(found.change[0, 1:]).all()
+    assert (found.outcomes[0] == NON_CRITICAL).all()  # of NaN and of equals, argmax is class 0

@@ -135,6 +135,15 @@ def test_a_diverged_strategy_is_a_result(finished):
         assert {row["strategy"] for row in table(finished / name)} == set(NAMES[:2])
 
 
+def test_a_study_in_which_every_strategy_diverges_ends(tmp_path):
+    settings = dataclasses.replace(STRATEGIES, sweep=("optimizer=sgd,adagrad learning_rate=1e30",))
+    training_strategies.run(settings, tmp_path)
+    assert [row["diverged_epoch"] for row in table(tmp_path / "summary.csv")] == ["1", "1"]
+    for name in ("accuracy_by_injections", "networks", "robustness", "paired_tests", "seeds"):
+        assert table(tmp_path / f"{name}.csv") == []
+    assert (tmp_path / "training_curves.svg").is_file()
+
+
 def test_what_may_predict_reliability_is_of_the_epoch_that_gets_faults(finished, tmp_path_factory):
     """Faults in epoch 2 of three: the predictors are those of epoch 2."""
     workdir = tmp_path_factory.mktemp("early")
