@@ -18,9 +18,12 @@ def stop_soon(message: str = STOPPED) -> None:
 
     Python handles a signal between two steps of its own, but a compilation can take minutes. A
     thread is told of the signal at once, and ends the program in its stead, with `message`. That is
-    safe, as a kill is: all files are whole or absent.
+    safe, as a kill is: all files are whole or absent. The thread also ends the program where Python
+    loses the KeyboardInterrupt, which it does in a callback (JAX has one in the garbage collection).
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if lost.exc_type is KeyboardInterrupt else report(lost)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

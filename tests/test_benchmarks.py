@@ -12,6 +12,7 @@ import torch
 from absl import flags
 
 from experiments.benchmarks import campaign_plan, dealing, engine, sides, time_shares
+from jaxfi.explain import LeafCost
 from jaxfi.fault_list import FaultList
 from tests.torch_models import TORCH_MODELS
 
@@ -144,8 +145,20 @@ def test_time_shares_count_every_part_of_a_campaign():
 
 
 def test_spreading_over_devices_is_that_of_a_hand_count() -> None:
-    survivors, leaf = np.array([4, 0, 1, 1, 2, 2, 0, 6, 9]), np.array([0] * 4 + [1] * 5)
-    # Steps of two devices with two faults each: 4 and 2, then 4 and 6; the last fault fills none.
-    assert dealing.in_lockstep(survivors, leaf, num_devices=2, step=2) == (4 + 6) / (3 + 5)
+    # Columns hold two faults, which cost 0.2 together; a pair's suffix costs 10 x its share.
+    cost = LeafCost("w", "columns", "", 5, 0.1, 10.0, 0, 0, group_size=2)
+    survivors = np.array([[4, 0], [1, 1], [2, 0], [0, 6], [9, 0]]) / 100
+    # Two devices, each a group a step: 4 + 2 and 2 + 6 pairs; then 9 pairs and none.
+    expected = 2 * 0.2 + 10 * (8 + 9) / 100
+    assert dealing.over_faults(cost, survivors, 2, 1) == pytest.approx(expected)
+    # Both groups in one step, of three faults and two: 4 + 2 + 2 and 6 + 9 pairs.
+    expected = 2 * 0.2 + 10 * 15 / 100
+    assert dealing.over_faults(cost, survivors, 2, 2) == pytest.approx(expected)
+    # Each a batch of all three groups: half of the columns, and 5 or 1, 2 or 6, 9 or 0 pairs.
+    expected = 3 * 0.2 / 2 + 10 * (5 + 6 + 9) / 100
+    assert dealing.over_images(cost, survivors, 2) == pytest.approx(expected)
+    # One device has both batches, one after the other.
+    assert dealing.over_images(cost, survivors, 1) == pytest.approx(3 * 0.2 + 10 * 23 / 100)
     # Dealt: 5; 3, then 4 more; the last to whoever is free first, which is the first.
+    assert campaign_plan.until_the_last([5, 3, 4, 1], num_devices=2) == 7
     assert campaign_plan.unevenness([5, 3, 4, 1], num_devices=2) == 7 / 6.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,23 @@ def test_other_errors_are_ours_and_keep_their_traceback():
 def test_a_loose_word_is_refused_before_any_work():
     with pytest.raises(SystemExit, match="'epochs=2' is not a flag"):
         run_command(["program", "epochs=2"], lambda: pytest.fail("it ran"))
+
+
+DEAF = """
+import gc, os, signal, time
+from experiments.stopping import stop_soon
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+stop_soon("stopped")
+gc.callbacks.append(lambda phase, info: os.kill(os.getpid(), signal.SIGINT))
+gc.collect()  # whose callback loses the KeyboardInterrupt
+gc.callbacks.clear()
+time.sleep(300)
+"""
+
+
+def test_a_signal_that_python_loses_stops_the_program_in_one_line():
+    ended = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stderr) == (1, "stopped\n")
 
 
 def test_a_missing_workdir_is_named():

@@ -8,7 +8,7 @@ from.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,25 +112,30 @@ def dealt_work(
     prices = None if alike else {leaf: leaf_price(cost) for leaf, cost in enumerate(plan.costs)}
     rows = np.arange(plan.num_faults)
     blocks = split_blocks(plan.faults, rows, FAULTS_PER_BLOCK, num_devices, prices)
-    costs = [_of_block(plan.costs[plan.faults.leaf[block[0]]], len(block)) for block in blocks]
+    costs = [of_block(plan.costs[plan.faults.leaf[block[0]]], len(block)) for block in blocks]
     return [
         cost.num_columns * cost.columns + surviving[block].sum() * cost.suffix
         for cost, block in zip(costs, blocks, strict=True)
     ]
 
 
-def _of_block(cost: LeafCost, num_faults: int) -> LeafCost:
+def of_block(cost: LeafCost, num_faults: int) -> LeafCost:
     """Of so many of a leaf's faults, which are in the same share of its layer's blocks."""
     parts = -(-cost.num_blocks * num_faults // cost.num_faults)
     return cost._replace(num_faults=num_faults, num_blocks=parts)
 
 
-def unevenness(work: Iterable[float], num_devices: int) -> float:
-    """Work of the device that ends last over the mean's, if each takes the next when it is free."""
+def until_the_last(work: Sequence[float], num_devices: int) -> float:
+    """Work of the device that ends last, if each takes the next block when it is free."""
     devices = [0.0] * num_devices
     for amount in work:
         heapq.heappush(devices, heapq.heappop(devices) + amount)
-    return max(devices) / float(np.mean(devices))
+    return max(devices)
+
+
+def unevenness(work: Sequence[float], num_devices: int) -> float:
+    """`until_the_last` over the mean device's work."""
+    return until_the_last(work, num_devices) * num_devices / sum(work)
 
 
 def computing_seconds(operations: float, num_devices: int = 1) -> float:
