@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-FORMAT = "jaxfi-checkpoint-1"
+FORMAT = "jaxfi-checkpoint-2"
+_WITHOUT_INFO = "jaxfi-checkpoint-1"  # whose digest is of the tree only
 
 
 def save_checkpoint(folder: str | Path, tree: Any, info: dict[str, Any]) -> None:
@@ -31,7 +33,7 @@ def save_checkpoint(folder: str | Path, tree: Any, info: dict[str, Any]) -> None
         _orbax().save(
             folder / f"{number:06d}",
             tree,
-            custom_metadata={"format": FORMAT, "digest": _digest(tree), "info": info},
+            custom_metadata={"format": FORMAT, "digest": _digest(tree, info), "info": info},
         )
     except OSError as error:
         message = f"cannot write the checkpoint {folder} ({error}): make room or make it writable"
@@ -51,13 +53,14 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, dict[str, Any]]:
     path = versions[-1]
     try:
         stored = _orbax().metadata(path).custom_metadata
-        is_ours = isinstance(stored, dict) and stored.get("format") == FORMAT
+        is_ours = isinstance(stored, dict) and stored.get("format") in (FORMAT, _WITHOUT_INFO)
         tree = _orbax().load(path) if is_ours else None
+        is_whole = is_ours and _is_whole(tree, stored)
     except Exception as error:  # whatever a stranger's bytes do to the readers
         raise _unusable(path, type(error).__name__) from None
     if not is_ours:
         raise _unusable(path, f"it is not marked as {FORMAT}")
-    if _digest(tree) != stored["digest"]:
+    if not is_whole:
         raise _unusable(path, "its content is not what was written")
     return tree, stored["info"]
 
@@ -71,6 +74,8 @@ def load_variables(path: str | Path) -> Any:
     path = Path(path)
     last = path / "checkpoints" / "last"
     tree, _ = load_checkpoint(last if last.is_dir() else path)
+    if "variables" not in tree:
+        raise ValueError(f"{path} holds {', '.join(tree)}: allowed is a training's folder")
     return tree["variables"]
 
 
@@ -92,9 +97,15 @@ def _unusable(path: Path, why: str) -> ValueError:
     )
 
 
-def _digest(tree: Any) -> str:
-    """SHA-256 over each array's path, dtype, shape and bytes."""
-    digest = hashlib.sha256()
+def _is_whole(tree: Any, stored: dict[str, Any]) -> bool:
+    info = stored["info"]
+    expected = _digest(tree) if stored["format"] == _WITHOUT_INFO else _digest(tree, info)
+    return isinstance(tree, dict) and isinstance(info, dict) and stored["digest"] == expected
+
+
+def _digest(tree: Any, info: dict[str, Any] | None = None) -> str:
+    """SHA-256 over each array's path, dtype, shape and bytes, and over the info."""
+    digest = hashlib.sha256(b"" if info is None else json.dumps(info, sort_keys=True).encode())
     for path, leaf in jax.tree.leaves_with_path(tree):
         leaf = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())

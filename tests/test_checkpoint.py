@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,8 +70,46 @@ def test_foreign(tmp_path):
 
 def test_orbax_checkpoint_of_somebody_else(tmp_path):
     checkpoint._orbax().save(tmp_path / "000000", {"a": np.ones(2)})
-    with pytest.raises(ValueError, match="it is not marked as jaxfi-checkpoint-1"):
+    with pytest.raises(ValueError, match="it is not marked as jaxfi-checkpoint-2"):
         load_checkpoint(tmp_path)
+
+
+def rewrite(folder: Path, change) -> None:
+    """Changes what orbax keeps of ours beside the arrays, in place."""
+    path = folder / "000000" / "_CHECKPOINT_METADATA"
+    written = json.loads(path.read_bytes())
+    change(written["custom_metadata"])
+    path.write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ours: ours["info"].update(epoch=5),
+        lambda ours: ours.pop("info"),
+        lambda ours: ours.pop("digest"),
+        lambda ours: ours.update(info=[3]),
+        lambda ours: ours.update(format="jaxfi-checkpoint-1"),
+    ],
+)
+def test_altered_info_is_told(tmp_path, change):
+    save_checkpoint(tmp_path, TREE, {"epoch": 3})
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_whose_digest_is_of_the_tree_only_is_read(tmp_path):
+    save_checkpoint(tmp_path, TREE, {"epoch": 3})
+    old = {"format": "jaxfi-checkpoint-1", "digest": checkpoint._digest(TREE)}
+    rewrite(tmp_path, lambda ours: ours.update(old))
+    assert load_checkpoint(tmp_path)[1] == {"epoch": 3}
+
+
+def test_a_checkpoint_without_variables_is_named(tmp_path):
+    save_checkpoint(tmp_path, {"00000": np.ones(2)}, {})
+    with pytest.raises(ValueError, match="holds 00000: allowed is a training's folder"):
+        load_variables(tmp_path)
 
 
 # orbax drops unfinished coroutines when a read fails: noise of its own, after its error.

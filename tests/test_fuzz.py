@@ -287,13 +287,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore")
 @thorough(max(5, NUM_INPUTS // 20))
 @hypothesis.given(edits=EDITS, choice=st.floats(0, 1, exclude_max=True))
+@hypothesis.example(edits=[(0.953125, 1, b"", 1)], choice=0.0)  # no "info"; no "digest"
+@hypothesis.example(edits=[(0.75, 1, b"", 1)], choice=0.0)
 def test_any_checkpoint_is_read_or_refused(checkpoint: Path, edits: Edits, choice: float) -> None:
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     path = files[int(choice * len(files))]
     content = path.read_bytes()
     path.write_bytes(edited(content, edits))
     try:
-        tree, _ = load_checkpoint(checkpoint)
+        tree, info = load_checkpoint(checkpoint)
+        assert info == {"epoch": 3}
         assert np.array_equal(tree["variables"]["params"]["kernel"].reshape(-1)[:2], [0, 1 / 11])
     except (ValueError, OSError) as error:
         assert str(error)  # noqa: PT017
