@@ -18,8 +18,8 @@ def stop_soon(message: str = STOPPED) -> None:
 
     Python handles a signal between two steps of its own, but a compilation can take minutes. A
     thread is told of the signal at once, and ends the program in its stead, with `message`. That is
-    safe, as a kill is: all files are whole or absent. The thread also ends the program where Python
-    loses the KeyboardInterrupt, which it does in a callback (JAX has one in the garbage collection).
+    safe, as a kill is: all files are whole or absent. The thread also ends a program whose Python
+    lost the KeyboardInterrupt, as it does in a callback (JAX has one in the garbage collection).
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = sys.unraisablehook

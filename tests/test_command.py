@@ -62,7 +62,8 @@ time.sleep(300)
 
 
 def test_a_signal_that_python_loses_stops_the_program_in_one_line():
-    ended = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-c", DEAF]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (ended.returncode, ended.stderr) == (1, "stopped\n")
 
 

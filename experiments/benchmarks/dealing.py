@@ -91,10 +91,8 @@ def compare() -> None:
     print(f"mesh over batches of images: {runs:.2f}")
     for name, alike in (("as many faults", True), ("as much work", False)):
         work = dealt_work(plan, num_devices, shares.sum(axis=1), alike=alike)
-        print(
-            f"{len(work)} blocks of {name}, dealt: {until_the_last(work, num_devices):.2f}, if they "
-            f"were even {sum(work) / num_devices:.2f}"
-        )
+        runs, even = until_the_last(work, num_devices), sum(work) / num_devices
+        print(f"{len(work)} blocks of {name}, dealt: {runs:.2f}, if they were even {even:.2f}")
 
 
 def main(argv: Sequence[str]) -> None:
