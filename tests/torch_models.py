@@ -78,7 +78,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(features)
         self.conv2 = nn.Conv2d(features, features, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(features)
-        self.shortcut = nn.Sequential()
+        self.shortcut: nn.Module = nn.Sequential()
         if stride != 1 or in_channels != features:
             if project:
                 self.shortcut = nn.Sequential(
@@ -105,7 +105,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        stages, previous = [], widths[0]
+        stages: list[str] = []
+        previous = widths[0]
         for width, blocks in zip(widths, num_blocks, strict=True):
             strides = [1 if not stages else 2] + [1] * (blocks - 1)
             stage = nn.Sequential()
