@@ -18,7 +18,7 @@ from jaxfi.files import content_hash, damaged, read_npz
 FORMAT = 1
 CAMPAIGN_FILE = "campaign.json"
 LIST_COLUMNS = ("leaf", "element", "bit", "model", "value")
-_DTYPE_NAME = re.compile(r"[a-z]+[a-z0-9_]*")
+_DTYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FAULTS_NAME = re.compile(r"faults-[0-9a-f]{32}\.npz")
 
 

@@ -525,6 +525,7 @@ def resigned(directory: Path, **changes: object) -> None:
         ({"dtypes": ["int8", "bfloat16", "int8"]}, "bit is outside its word"),
         ({"dtypes": ["float32", "object", "int8"]}, "damaged or foreign"),
         ({"dtypes": ["float32", "bfloat16,", "int8"]}, "its dtypes are"),
+        ({"dtypes": ["float32", 10**6 * "x" + "-", "int8"]}, "its dtypes are"),  # at once
         ({"num_images": "many"}, "damaged or foreign"),
         ({"num_images": -1}, "damaged or foreign"),
         ({"fingerprint": None}, "damaged or foreign"),
