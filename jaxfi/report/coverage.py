@@ -220,8 +220,8 @@ def _draw(axes: Axes, coverage: Coverage, style: Mapping[str, Any], line: int) -
     """One network's greedy and random orders, and the size of its image set as a line of text."""
     assert coverage.random is not None
     percent, color = _detectable_percent(coverage), style["color"]
-    images = np.arange(1, coverage.num_images + 1)
-    mean, low, high = (percent * curve for curve in coverage.random)
+    images = _shown_on_log_axis(coverage.num_images)
+    mean, low, high = (percent * curve[images - 1] for curve in coverage.random)
     axes.fill_between(images, low, high, color=color, alpha=0.18, linewidth=0)
     axes.plot(images, mean, color=color, **_RANDOM)
     # The last level goes on: more images detect nothing more.
@@ -236,6 +236,12 @@ def _draw(axes: Axes, coverage: Coverage, style: Mapping[str, Any], line: int) -
         0.075, height - 0.003, f"all detectable with {needed[-1]:,} images",
         transform=axes.transAxes, va="center", fontsize=7.5,
     )  # fmt: skip
+
+
+def _shown_on_log_axis(num_images: int) -> np.ndarray:
+    """Of 1 to `num_images`, as many as a logarithmic axis can show: 200 a decade."""
+    per_decade = np.arange(200 * np.log10(num_images) + 1)
+    return np.unique(np.append(10 ** (per_decade / 200), num_images).astype(int))
 
 
 def _detectable_percent(coverage: Coverage) -> float:
