@@ -5,7 +5,7 @@ and a binary tree adds the partial sums up. Every engine computes them so, the g
 and the order is always the same. A fault in one weight, or in one input channel, then changes one
 partial sum and the log2(blocks) sums above it: the fast engine computes these, and takes the rest
 from the golden run. For LeNet's first dense layer (12,544 inputs) that is 1/32 of the arithmetic,
-for a convolution with 512 input channels 1/8.
+for a convolution of 256 input channels or more 1/4.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Blocks(NamedTuple):
     """How K inputs are split: seen as [outer, num_blocks, size, inner], block b is [:, b].
 
     `size` channels make one block; channel c is in block c // size. Inputs that are flattened
-    images [height, width, channels] have outer = height x width and inner = 1, and so have the
-    channels of a convolution outer = inner = 1. `input_axis` and `weight_axis` are the axes of
-    inputs and weights that the sum runs over.
+    images [height, width, channels] have outer = height x width and inner = 1, the channels of a
+    convolution outer = inner = 1. `input_axis` and `weight_axis` are the axes of inputs and weights
+    that the sum runs over.
     """
 
     outer: int
@@ -131,10 +131,10 @@ def _block_sums(x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable)
     if x.ndim == 2:
         apart = tuple(split(array, axis, blocks) for array, axis in both)
         return list(lax.map(lambda block: dot(*block), apart))
-    ends = range(0, blocks.num_blocks * blocks.size, blocks.size)
+    starts = range(0, blocks.num_blocks * blocks.size, blocks.size)
     return [  # not in a loop: XLA's CPU convolutions are slow in one
         dot(*(lax.slice_in_dim(array, n, n + blocks.size, axis=axis) for array, axis in both))
-        for n in ends
+        for n in starts
     ]
 
 

@@ -40,7 +40,7 @@ from jaxfi.outcomes import (
     judge,
     per_fault_shares,
 )
-from jaxfi.plan import part_of_layer
+from jaxfi.plan import part_of_layer, plan_leaves
 from jaxfi.slicing import ApplyFn, trace_network
 from jaxfi.store import load
 from jaxfi.workers import (
@@ -179,14 +179,15 @@ def run_campaign(
     with jax.default_matmul_precision(precision), jax.default_device(devices[0]):
         batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
         network = trace_network(apply_fn, params, batch)
-        costs = leaf_costs(network, faults) if engine == "fast" else []
+        leaves = np.unique(faults.leaf).tolist() if engine == "fast" else []
+        plans = plan_leaves(network, leaves)
+        costs = leaf_costs(network, plans.values(), faults.leaf)
         num_kept = len(images) * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
         memory = checked_memory(memory_budget, devices, num_kept, costs)
         params, function = jax.tree.map(jnp.asarray, params), network_function(network, apply_fn)
         golden, speed = golden_run(function, params, batches, len(images))
-        leaves = tuple(np.unique(faults.leaf).tolist())
-        setup = Setup(network, function, params, batches, labels, golden, nan, memory, leaves)
-        prices = {leaf: leaf_price(cost) for leaf, cost in enumerate(costs)}
+        setup = Setup(network, function, params, batches, labels, golden, nan, memory, plans)
+        prices = {leaf: leaf_price(cost) for leaf, cost in zip(leaves, costs, strict=True)}
         work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices)
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
@@ -226,8 +227,8 @@ class _Work(NamedTuple):
         """Of all faults, not only the unfinished: every process must see the same blocks."""
         num_workers = len(self.devices) * jax.process_count()
         rows = np.flatnonzero(self.activated)
-        part = part_of_layer(self.setup.network, self.faults)
-        near = rows[np.argsort(part[rows], kind="stable")]  # those of one part share columns
+        part = part_of_layer(self.setup.network, self.setup.plans.values(), self.faults)
+        near = rows[np.argsort(part[rows], kind="stable")]
         return split_blocks(self.faults, near, FAULTS_PER_BLOCK, num_workers, self.prices)
 
     def masked(self) -> Results:

@@ -23,7 +23,7 @@ from jaxfi.faults import FAULT_MODELS, Fault, PyTree, inject
 from jaxfi.golden import Setup
 from jaxfi.outcomes import Results
 from jaxfi.packing import Group, Packer
-from jaxfi.plan import plan_leaves
+from jaxfi.plan import part_of_layer
 from jaxfi.programs import Golden, Programs
 from jaxfi.tally import Tally
 
@@ -75,7 +75,6 @@ def vmap_engine(setup: Setup, lanes: int = 8) -> Engine:
 
 def fast_engine(setup: Setup) -> Engine:
     """Columns, channel tail and packed suffix; each leaf's programs are compiled once."""
-    plans = plan_leaves(setup.network, setup.leaves)
     programs: dict[int, Programs] = {}
     shared: dict = {}
 
@@ -86,7 +85,7 @@ def fast_engine(setup: Setup) -> Engine:
             before = next((p for p in programs.values() if p.holds_golden), None)
             is_new = leaf not in programs
             if is_new:
-                programs[leaf] = Programs(setup.network, plans[leaf], shared)
+                programs[leaf] = Programs(setup.network, setup.plans[leaf], shared)
             programs[leaf].take_over(setup, before)
             if is_new:
                 programs[leaf] = _whole_if_inexact(programs[leaf], setup, faults[rows])
@@ -234,16 +233,14 @@ def _groups(
     The invisible ride together; of the others those in one block of the leaf's own layer, which
     must, and those with the same channel, whose pairs then fill the same batches of the suffix.
     """
-    place = np.unravel_index(faults.element, faults.shapes[programs.plan.leaf])
-    channel = place[programs.plan.axis]
-    block = np.zeros(len(faults), int)
-    if programs.own is not None:
-        block, _ = programs.own.place(place[programs.own.weight_axis])
+    plan = programs.plan
+    channel = np.unravel_index(faults.element, faults.shapes[plan.leaf])[plan.axis]
+    block = part_of_layer(programs.network, [plan], faults)
     order = np.lexsort((visible, channel, visible > 0, block))
     ends = np.flatnonzero(np.diff(block[order])) + 1
     for same_block in np.split(order, ends):
-        for start in range(0, len(same_block), programs.plan.num_columns):
-            part = same_block[start : start + programs.plan.num_columns]
+        for start in range(0, len(same_block), plan.num_columns):
+            part = same_block[start : start + plan.num_columns]
             yield part, _group(faults[part], rows[part], int(block[part[0]]), programs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -92,19 +93,17 @@ def explain(
     )
     with jax.default_matmul_precision(precision):
         network = trace_network(apply_fn, params, batch)
-    return leaf_costs(network, faults)
+    leaves = np.empty(0, np.int64) if faults is None else faults.leaf
+    counts = np.bincount(leaves, minlength=len(network.leaves))
+    idle, faulty = (np.flatnonzero(there).tolist() for there in (counts == 0, counts > 0))
+    plans = plan_leaves(network, idle) | plan_leaves(network, faulty)
+    return leaf_costs(network, [plans[leaf] for leaf in range(len(counts))], leaves)
 
 
-def leaf_costs(network: Network, faults: FaultList | None) -> list[LeafCost]:
-    """`explain` of a traced network."""
-    if faults is None:
-        counts = np.zeros(len(network.leaves), int)
-        plans = plan_leaves(network, range(len(counts)))
-    else:
-        counts = np.bincount(faults.leaf, minlength=len(network.leaves))
-        idle, faulty = (np.flatnonzero(there).tolist() for there in (counts == 0, counts > 0))
-        plans = plan_leaves(network, idle) | plan_leaves(network, faulty)
-    return [_cost(network, plans[leaf], int(count)) for leaf, count in enumerate(counts)]
+def leaf_costs(network: Network, plans: Iterable[LeafPlan], leaves: np.ndarray) -> list[LeafCost]:
+    """What each plan costs for faults in these leaves, [F] positions."""
+    counts = np.bincount(leaves, minlength=len(network.leaves))
+    return [_cost(network, plan, int(counts[plan.leaf])) for plan in plans]
 
 
 def least_memory(costs: list[LeafCost]) -> int:

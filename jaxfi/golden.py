@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxfi.compilation import compiled
 from jaxfi.faults import PyTree
+from jaxfi.plan import LeafPlan
 from jaxfi.slicing import ApplyFn, Network, evaluate
 
 
@@ -26,7 +28,7 @@ class Setup:
       golden: [N, classes] fault-free outputs.
       nan: see `jaxfi.outcomes.judge`.
       memory: bytes that golden values and working space may take together.
-      leaves: positions of the leaves that have faults.
+      plans: how the fast engine runs the faults of each leaf that has any; others need none.
     """
 
     network: Network
@@ -37,7 +39,7 @@ class Setup:
     golden: np.ndarray
     nan: str
     memory: int
-    leaves: tuple[int, ...]
+    plans: Mapping[int, LeafPlan]
 
     @property
     def num_images(self) -> int:

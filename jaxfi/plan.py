@@ -137,16 +137,16 @@ def plan_leaves(network: Network, leaves: Collection[int]) -> dict[int, LeafPlan
     }
 
 
-def part_of_layer(network: Network, faults: FaultList) -> np.ndarray:
-    """Which block of its layer's sum each fault is in, [F]; 0 where that is one sum."""
+def part_of_layer(network: Network, plans: Iterable[LeafPlan], faults: FaultList) -> np.ndarray:
+    """Which block of its own layer each fault is in, [F]: those of one share columns. 0 if the
+    leaf's columns hold the whole sum."""
     parts = np.zeros(len(faults), np.int64)
-    for leaf in np.unique(faults.leaf):
-        source, rows = network.leaves[leaf], np.flatnonzero(faults.leaf == leaf)
-        for reader in network.consumers.get(source, ()):
-            blocks = network.blocks.get(reader.outvars[0])
-            if blocks is not None and reader.invars[1] is source:
-                place = np.unravel_index(faults.element[rows], faults.shapes[leaf])
-                parts[rows], _ = blocks.place(place[blocks.weight_axis])
+    for plan in plans:
+        if plan.own is None:
+            continue
+        rows, blocks = np.flatnonzero(faults.leaf == plan.leaf), network.blocks[plan.own]
+        place = np.unravel_index(faults.element[rows], faults.shapes[plan.leaf])
+        parts[rows], _ = blocks.place(place[blocks.weight_axis])
     return parts
 
 
@@ -239,8 +239,8 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
     golden = tuple(dict.fromkeys(columns.golden))
     needed = _cut(network, (*columns.taken, *golden), lambda v: is_storable(network, v))
     compared = tuple(columns.frontier)
-    own = _own_layer(network, source, axis, columns.steps)
-    ahead = _layer_ahead(network, packed, columns)
+    own = _find_own(network, source, axis, columns.steps)
+    ahead = _find_ahead(network, packed, columns)
     return LeafPlan(
         leaf=leaf,
         method="columns",
@@ -262,7 +262,7 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
     )
 
 
-def _own_layer(
+def _find_own(
     network: Network, source: core.Var, axis: int, steps: Sequence[Step]
 ) -> core.Var | None:
     """The result of the blocked dense layer whose weights the leaf is, [K, N], N in columns.
@@ -277,10 +277,11 @@ def _own_layer(
     return result if is_own and axis == 1 and len(source.aval.shape) == 2 else None
 
 
-def _layer_ahead(
+def _find_ahead(
     network: Network, packed: tuple[core.Var, ...], columns: _Columns
 ) -> core.Var | None:
-    """The result of the widest blocked layer that reads the packed value, as it is or flattened."""
+    """The result of the blocked layer with the longest sum that reads the packed value, as it is or
+    flattened."""
     if len(packed) != 1:
         return None
     value, axis = packed[0], columns.reached[packed[0]]

@@ -296,7 +296,7 @@ class Programs:
 
         def segment(of_leaves: list, values: list, block) -> list:
             known = {network.leaves[n]: leaf for n, leaf in zip(leaves, of_leaves, strict=True)}
-            count = len(values) - len(starts)  # of the values that belong to the layer ahead
+            count = len(values) - len(starts)  # before those: what the layer ahead starts from
             known.update(zip(starts, values[count:], strict=True))
             if ahead is not None:
                 known[ahead] = self._layer_ahead(known, values[:count], block)

@@ -19,7 +19,7 @@ from jaxfi.golden import Setup
 from jaxfi.outcomes import MASKED, Results
 
 _FAULTS_PER_NULL = 128
-_BLOCKS_PER_WORKER = 4
+_BLOCKS_PER_WORKER = 4  # so that the last to finish is not far behind the first
 
 
 class NotReproducible(RuntimeError):

@@ -210,6 +210,21 @@ def test_golden_nan_in_a_wide_layer_is_exact() -> None:
     np.testing.assert_array_equal(fast.outcomes, reference.outcomes)
 
 
+def test_a_leafs_outcomes_do_not_depend_on_faults_in_others() -> None:
+    """Its prefix and suffix are cut elsewhere."""
+    apply_fn, params, image_shape = wide_convolutions()
+    x = np.random.default_rng(0).normal(size=(7, *image_shape)).astype(np.float32)
+    faults = faults_in_every_leaf(params)
+
+    def run(faults: FaultList) -> np.ndarray:
+        return run_campaign(apply_fn, params, faults, x, np.arange(7) % 4, batch_size=4).outcomes
+
+    together = run(faults)
+    for leaf in np.unique(faults.leaf):
+        rows = np.flatnonzero(faults.leaf == leaf)
+        np.testing.assert_array_equal(run(faults[rows]), together[rows])
+
+
 def test_deep_networks_share_the_programs_of_their_suffixes() -> None:
     module = MODELS["resnet18"]()
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -233,7 +248,8 @@ def test_faults_of_one_block_are_saved_together() -> None:
     inputs = np.random.default_rng(0).integers(0, 2048, 60)
     faults = FaultList.from_sites([("first/kernel", (n, 3), 30) for n in inputs], params)
     faults += faults_in_every_leaf(params)
-    part = part_of_layer(network, faults)
+    plans = plan_leaves(network, np.unique(faults.leaf).tolist())
+    part = part_of_layer(network, plans.values(), faults)
     assert part[:60].tolist() == (inputs % 8).tolist()  # images of 8 channels, flattened
     saved = split_blocks(faults, np.argsort(part, kind="stable"), 16, 1)
     assert sorted(np.concatenate(saved)) == list(range(len(faults)))
