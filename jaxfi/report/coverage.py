@@ -240,8 +240,8 @@ def _draw(axes: Axes, coverage: Coverage, style: Mapping[str, Any], line: int) -
 
 def _shown_on_log_axis(num_images: int) -> np.ndarray:
     """Of 1 to `num_images`, as many as a logarithmic axis can show: 200 a decade."""
-    per_decade = np.arange(200 * np.log10(num_images) + 1)
-    return np.unique(np.append(10 ** (per_decade / 200), num_images).astype(int))
+    count = 2 + int(200 * np.log10(num_images))
+    return np.unique(np.geomspace(1, num_images, count).astype(int))
 
 
 def _detectable_percent(coverage: Coverage) -> float:
