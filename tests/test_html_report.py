@@ -314,7 +314,7 @@ def test_coverage_figure_ends_at_what_is_detectable(tmp_path, coverages):
 def test_coverage_figure_shows_the_first_and_the_last_image():
     for num_images in range(1, 2_001):
         shown = coverage._shown_on_log_axis(num_images)
-        assert shown[0] == 1 and shown[-1] == num_images
+        assert (shown[0], shown[-1]) == (1, num_images)
         assert np.all(np.diff(shown) > 0)
         assert len(shown) <= 200 * np.log10(num_images) + 2
 
