@@ -17,13 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxfi.checks import (
-    PRECISIONS,
     check_choices,
     checked_devices,
     checked_images,
     checked_memory,
     in_batches,
 )
+from jaxfi.compilation import PRECISIONS
 from jaxfi.engine import ENGINES
 from jaxfi.explain import LeafCost, leaf_costs, plan_text
 from jaxfi.fault_list import FaultList
@@ -82,6 +82,7 @@ class Campaign:
 
     @property
     def results(self) -> Results:
+        """`outcomes`, `due` and `correct` together."""
         return Results(self.outcomes, self.due, self.correct)
 
     @property
@@ -110,6 +111,9 @@ class Campaign:
         Args:
           population: possible faults; default those that the list was drawn from.
           t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+
+        Returns fractions. `jaxfi.outcomes.estimate_rate` has the source. Raises ValueError for a t
+        that is not positive, or a population of fewer faults than the list.
         """
         if population is None:
             population = self.faults.population
@@ -162,7 +166,8 @@ def run_campaign(
         processes of a job (`jaxfi.distributed.join_job`) share it, and each returns the whole.
 
     Raises ValueError or TypeError, before any work, for arguments that do not fit; NotReproducible
-    if a null fault is not masked.
+    if a null fault is not masked. With a workdir: ValueError that names what differs from the
+    campaign there, or the file that is damaged; BlockingIOError if another process has it; OSError.
 
     >>> params = {"w": jnp.eye(2)}
     >>> faults = FaultList.from_sites([("w", (0, 0), 31), ("w", (0, 1), 0)], params)

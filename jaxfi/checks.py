@@ -9,20 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxfi.compilation import checked_precision
 from jaxfi.engine import ENGINES
 from jaxfi.explain import LeafCost, least_memory
 from jaxfi.fault_sites import checked_integer
 from jaxfi.outcomes import checked_nan_policy
-
-PRECISIONS = ("highest", "high", "default")
 
 
 def check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
     """Raises ValueError or TypeError naming what is allowed."""
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}: allowed are {', '.join(ENGINES)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
+    checked_precision(precision)
     checked_nan_policy(nan)
     checked_integer("seed", seed, 0)
 

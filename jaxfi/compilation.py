@@ -16,6 +16,15 @@ _OPTIONS = {"xla_allow_excess_precision": False}
 # kernel's gradient.)
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
+PRECISIONS = ("highest", "high", "default")
+
+
+def checked_precision(precision: str) -> str:
+    """`precision`, of matmuls and convolutions; ValueError for an unknown one."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
+    return precision
+
 
 def compiled(function: Callable, **options: Any) -> Callable:
     """`jax.jit`, with its `options`, for the default device."""

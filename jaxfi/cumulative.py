@@ -74,7 +74,8 @@ def draw_trials(
       paths: pattern or patterns (fnmatch) that a leaf's path must match.
       bit: position in the word of every fault, 0 is the least significant.
 
-    Raises ValueError for more faults than elements, a bit outside the word, or an unknown model.
+    Raises ValueError for more faults than elements, fewer than one trial, a bit outside the word,
+    or an unknown model.
 
     >>> first, second = draw_trials(0, {"w": np.zeros((30, 40), np.float32)}, 100, 2)
     >>> len(set(first.element)), bool((first.element == second.element).all())
@@ -115,7 +116,8 @@ def cumulative_accuracy(
       trials_together: faulty networks that run together, vmapped. One is fastest on a CPU.
       nan: "critical" counts a prediction with a NaN as wrong; "argmax" goes by the argmax of NaN.
 
-    Raises ValueError for counts that do not rise, or that need more faults than a trial has.
+    Raises ValueError for no trials, no counts, counts that do not rise, or that need more faults
+    than a trial has.
 
     >>> params = {"w": jnp.eye(2)}
     >>> trial = FaultList.from_sites([("w", (0, 0), None), ("w", (1, 1), None)], params,

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxfi.compilation import checked_precision
 from jaxfi.fault_list import FaultList
+from jaxfi.fault_sites import checked_integer
 from jaxfi.faults import PyTree
 from jaxfi.plan import LeafPlan, plan_leaves
 from jaxfi.plan_costs import (
@@ -83,15 +85,20 @@ def explain(
       apply_fn, params, images, batch_size, precision: as in `run_campaign`.
       faults: counted per leaf; None counts none.
 
+    Returns one `LeafCost` a leaf, in the order of `jax.tree.leaves(params)`. Raises ValueError or
+    TypeError for arguments that do not fit, and for a function whose outputs are not float
+    [batch, classes].
+
     >>> params = {"w": jax.ShapeDtypeStruct((4, 3), np.float32)}
     >>> images = jax.ShapeDtypeStruct((10, 4), np.float32)
     >>> explain(lambda p, x: x @ p["w"], params, images)[0].method
     'columns'
     """
-    batch = jax.ShapeDtypeStruct(
-        (min(batch_size, images.shape[0]), *images.shape[1:]), images.dtype
-    )
-    with jax.default_matmul_precision(precision):
+    batch_size = min(checked_integer("batch_size", batch_size, 1), images.shape[0])
+    batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
+    if faults is not None:
+        faults.validate(params)
+    with jax.default_matmul_precision(checked_precision(precision)):
         network = trace_network(apply_fn, params, batch)
     leaves = np.empty(0, np.int64) if faults is None else faults.leaf
     counts = np.bincount(leaves, minlength=len(network.leaves))

@@ -106,6 +106,9 @@ def corrupt(array: jax.Array, element: Any, keep: Any, flip: Any) -> jax.Array:
       array: any shape, float or integer dtype.
       element: int scalar or [K], flat indices in C order; one past the end changes nothing.
       keep, flip: unsigned words, shaped like `element`.
+
+    Returns an array of the same shape and dtype. Raises TypeError for a dtype without words of 8,
+    16, 32 or 64 bits.
     """
     if array.size == 0:
         return array
@@ -125,6 +128,8 @@ def inject(params: PyTree, fault: Fault) -> PyTree:
 
     Returns:
       A tree like `params`. Only the faulty elements differ.
+
+    Raises TypeError for a leaf whose dtype has no words of 8, 16, 32 or 64 bits.
 
     >>> from jaxfi import FaultList
     >>> params = {"w": jnp.ones((2, 3))}

@@ -138,6 +138,8 @@ def inject_neurons(
       neurons: what `neuron_outputs` gave, with the same `per_image`.
       fault: of a `FaultList` on `neurons`: scalars, or [K] faults together in distinct neurons.
         With `per_image`, K faults can hit K images differently.
+
+    Returns a function of parameters and images [batch, ...] to outputs [batch, classes].
     """
 
     def change(layer: str, output: jax.Array) -> jax.Array:
@@ -162,7 +164,12 @@ def with_neuron_words(
     "flip", whose word its output's is xored with. Without faults both change nothing.
     `neuron_faults` turns faults in neurons into faults in these leaves.
 
-    With `per_image` the network takes batches of the size that `neurons` has.
+    Args:
+      apply_fn, params: as in `neuron_outputs`.
+      neurons: what `neuron_outputs` gave, with the same `per_image`: then the network takes
+        batches of the size that `neurons` has.
+
+    Returns the network, of that tree and images, and the tree.
     """
     words = {
         name: {

@@ -23,7 +23,7 @@ NAN_POLICIES = ("critical", "argmax")
 
 
 class Estimate(NamedTuple):
-    """A rate and its confidence interval, fractions."""
+    """A rate and its confidence interval (99 % where t is 2.58, the default), fractions."""
 
     value: float
     low: float
@@ -31,7 +31,13 @@ class Estimate(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """The rates of a campaign over all its (fault, image) pairs."""
+    """The rates of a campaign over all its (fault, image) pairs.
+
+    Attributes:
+      masked, non_critical, critical: the outcomes, which add up to 1.
+      due: outputs with NaN or Inf, whatever the outcome.
+      faulty_accuracy: predictions that are the label.
+    """
 
     masked: Estimate
     non_critical: Estimate
@@ -109,10 +115,12 @@ def classify(
 
     Args:
       golden, faulty: [..., N, classes], equal float dtypes; they broadcast.
-      nan: see `judge`.
+      nan: "critical" counts a changed output with a NaN as critical; "argmax" goes by the argmax.
 
     Returns:
-      outcome [..., N] uint8 and due [..., N] bool.
+      outcome [..., N] uint8 (0 masked, 1 non-critical, 2 critical) and due [..., N] bool.
+
+    Raises TypeError for other dtypes, ValueError for another `nan`.
 
     >>> outcome, due = classify(jnp.array([[1.0, 2.0]]), jnp.array([[1.5, 2.0]]))
     >>> int(outcome[0]), bool(due[0])
@@ -223,9 +231,12 @@ def paired_difference(
 
     Args:
       before, after: campaigns (`jaxfi.Campaign`) of the same fault list.
-      rate: "masked", "non_critical", "critical" or "due".
+      rate: "masked", "non_critical", "critical", "due" or "faulty_accuracy".
       t: cut-off of the normal distribution; 2.58 is 99 % confidence.
       population: possible faults; default those that the list was drawn from.
+
+    Returns the mean over faults of the difference of their shares, a fraction, with the interval of
+    `estimate_difference`, which has the source.
 
     Raises ValueError if the fault lists differ, for an unknown rate, or a population of fewer
     faults than the list.

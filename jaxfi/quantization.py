@@ -20,7 +20,9 @@ LARGEST = 127
 
 
 def quantize(params: PyTree, paths: str = "*kernel") -> tuple[PyTree, PyTree]:
-    """The words that are stored, and their scales.
+    """The words that are stored, and their scales: symmetric, one a channel (the last axis).
+
+    Source: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018.
 
     Args:
       params: a tree of float arrays.
@@ -55,7 +57,14 @@ def dequantize(words: PyTree, scales: PyTree) -> PyTree:
 
 
 def with_quantized_weights(apply_fn: ApplyFn, scales: PyTree) -> ApplyFn:
-    """`apply_fn` as a function of the stored words, for any campaign on them."""
+    """`apply_fn` as a function of the stored words, for any campaign on them.
+
+    Args:
+      apply_fn: maps parameters and images [batch, ...] to outputs [batch, classes].
+      scales: the second tree that `quantize` gave.
+
+    Returns a function of `quantize`'s first tree, and images, to the same outputs.
+    """
 
     def quantized(words: PyTree, images: jax.Array) -> jax.Array:
         return apply_fn(dequantize(words, scales), images)

@@ -130,7 +130,8 @@ def exhaustive_faults(
     bits: Sequence[int] | None = None,
     value: float | None = None,
 ) -> FaultList:
-    """Every fault site, in the order leaf, element, bit. Arguments as in `sample_faults`.
+    """Every fault site, in the order leaf, element, bit. Arguments and errors as in
+    `sample_faults`.
 
     >>> len(exhaustive_faults({"w": np.zeros((3, 4), np.int8)}))
     96
