@@ -176,7 +176,7 @@ def inject_faults(
 def write_report(
     config: Config, campaigns: Mapping[str, Campaign], order: Sequence[str], workdir: Path
 ) -> list[tables.TableRow]:
-    """Table and figures into `workdir`, and the table on the terminal."""
+    """The table, into `workdir` and on the terminal, then the figures."""
     rows = [
         tables.table_row(
             campaigns[loss],
@@ -194,11 +194,11 @@ def write_report(
     tables.write_csv(rows, workdir / "table.csv")
     tables.write_markdown(rows, difference, workdir / "table.md")
     tables.write_latex(rows, difference, workdir / "table.tex")
+    tables.print_table(rows, difference)
     names = (f"{config.model}, default loss", f"{config.model}, gradient loss (α={config.alpha:g})")
     named = dict(zip(names, (campaigns[loss] for loss in LOSSES), strict=True))
     write_figures(config, named, order, workdir)
     write_coverage(named, workdir)
-    tables.print_table(rows, difference)
     return rows
 
 
