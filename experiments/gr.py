@@ -70,7 +70,7 @@ def run(config: Config, workdir: Path, *, train_only: bool = False) -> list[tabl
     if train_only or jax.process_index() > 0:
         return []
     campaigns = {loss: load_campaign(folder) for loss, folder in folders.items()}
-    return write_report(config, campaigns, layer_order(module, dataset), workdir)
+    return write_report(config, campaigns, dataset, layer_order(module, dataset), workdir)
 
 
 def load_images(config: Config) -> Dataset:
@@ -174,7 +174,11 @@ def inject_faults(
 
 
 def write_report(
-    config: Config, campaigns: Mapping[str, Campaign], order: Sequence[str], workdir: Path
+    config: Config,
+    campaigns: Mapping[str, Campaign],
+    dataset: Dataset,
+    order: Sequence[str],
+    workdir: Path,
 ) -> list[tables.TableRow]:
     """The table, into `workdir` and on the terminal, then the figures."""
     rows = [
@@ -192,9 +196,9 @@ def write_report(
     ]
     difference = paired_difference(campaigns["default"], campaigns["gradient"], "masked", config.t)
     tables.write_csv(rows, workdir / "table.csv")
-    tables.write_markdown(rows, difference, workdir / "table.md")
-    tables.write_latex(rows, difference, workdir / "table.tex")
-    tables.print_table(rows, difference)
+    tables.write_markdown(rows, difference, dataset.note, workdir / "table.md")
+    tables.write_latex(rows, difference, dataset.note, workdir / "table.tex")
+    tables.print_table(rows, difference, dataset.note)
     names = (f"{config.model}, default loss", f"{config.model}, gradient loss (α={config.alpha:g})")
     named = dict(zip(names, (campaigns[loss] for loss in LOSSES), strict=True))
     write_figures(config, named, order, workdir)

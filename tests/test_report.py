@@ -75,6 +75,7 @@ def rows(campaigns) -> list[tables.TableRow]:
 
 
 DIFFERENCE = Estimate(-0.0123, -0.02, 0.001)
+NOTE = "a_set 3.0: 100 % of [it], from a copy"
 
 
 def test_csv_has_the_columns_of_the_contract_and_percentages(tmp_path, rows, campaigns):
@@ -93,10 +94,10 @@ def test_csv_has_the_columns_of_the_contract_and_percentages(tmp_path, rows, cam
 
 
 def test_markdown_latex_and_terminal_show_the_same_numbers(tmp_path, rows):
-    tables.write_markdown(rows, DIFFERENCE, tmp_path / "table.md")
-    tables.write_latex(rows, DIFFERENCE, tmp_path / "table.tex")
+    tables.write_markdown(rows, DIFFERENCE, NOTE, tmp_path / "table.md")
+    tables.write_latex(rows, DIFFERENCE, NOTE, tmp_path / "table.tex")
     console = Console(file=io.StringIO(), width=120)
-    tables.print_table(rows, DIFFERENCE, console)
+    tables.print_table(rows, DIFFERENCE, NOTE, console)
     markdown = (tmp_path / "table.md").read_text()
     latex = (tmp_path / "table.tex").read_text()
     terminal = console.file.getvalue()
@@ -107,11 +108,12 @@ def test_markdown_latex_and_terminal_show_the_same_numbers(tmp_path, rows):
         assert f"{low}–{high}" in terminal
     for text in (markdown, latex, terminal):
         assert "-1.23 [-2.00, +0.10]" in text
+        assert f"Images: {NOTE}." in text.replace("\\", "")
         assert all(heading in text for heading in tables.HEADINGS)
 
 
 def test_latex_is_booktabs_of_plain_ascii(tmp_path, rows):
-    tables.write_latex(rows, DIFFERENCE, tmp_path / "table.tex")
+    tables.write_latex(rows, DIFFERENCE, NOTE, tmp_path / "table.tex")
     latex = (tmp_path / "table.tex").read_text()
     assert latex.isascii()
     assert all(rule in latex for rule in (r"\toprule", r"\midrule", r"\bottomrule"))

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from jaxfi.files import write_whole
+from jaxfi.report.latex import latex_text
 from jaxfi.report.page import literal
 from jaxfi.report.style import SERIES_STYLES, TEXT_WIDTH, print_style
 from jaxfi.testset import (
@@ -44,10 +45,6 @@ HEADINGS = (
     "Random 90 %", "99 %", "100 %",
 )  # fmt: skip
 _RANDOM: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (4, 2))}
-_LATEX = (  # the backslash first: the others bring their own
-    ("\\", r"\textbackslash "), *((c, "\\" + c) for c in "_%&#${}"), ("~", r"\textasciitilde "),
-    ("^", r"\textasciicircum "), ("α", r"$\alpha$"), ("×", r"$\times$"), ("–", "--"),
-)  # fmt: skip
 _TITLES = {"observable": "Observable faults", "critical": "Critical faults"}
 
 
@@ -173,11 +170,13 @@ def write_latex(coverages: Sequence[Coverage], path: str | os.PathLike[str]) -> 
         r"\toprule",
         f"& & & {greedy} & {random}" + r" \\",
         r"\cmidrule(lr){4-7} \cmidrule(l){8-10}",
-        " & ".join(map(_latex, headings)) + r" \\",
+        " & ".join(map(latex_text, headings)) + r" \\",
         r"\midrule",
-        *(" & ".join(map(_latex, coverage_cells(c))) + r" \\" for c in coverages),
+        *(" & ".join(map(latex_text, coverage_cells(c))) + r" \\" for c in coverages),
         r"\bottomrule",
-        r"\multicolumn{10}{@{}p{0.95\linewidth}}{\footnotesize " + _latex(caption(coverages)) + "}",
+        r"\multicolumn{10}{@{}p{0.95\linewidth}}{\footnotesize "
+        + latex_text(caption(coverages))
+        + "}",
         r"\end{tabular}",
     ]
     write_whole(Path(path), ("\n".join(lines) + "\n").encode())
@@ -259,10 +258,3 @@ def _dress(axes: Axes, title: str, num_images: int) -> None:
     axes.xaxis.set_minor_formatter("")
     axes.grid(linewidth=0.4, color="#dddddd")
     axes.set_axisbelow(True)
-
-
-def _latex(text: str) -> str:
-    """`text` as LaTeX prints it literally."""
-    for character, command in _LATEX:
-        text = text.replace(character, command)
-    return text

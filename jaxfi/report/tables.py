@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jaxfi.campaign import Campaign
 from jaxfi.files import write_whole
 from jaxfi.outcomes import Estimate, Rates
+from jaxfi.report.latex import latex_text
 
 COLUMNS = (
     "dataset", "model", "loss", "optimizer", "epochs", "alpha", "clean_acc", "faulty_acc",
@@ -85,21 +87,23 @@ def write_csv(rows: Sequence[TableRow], path: str | os.PathLike[str]) -> None:
 
 
 def write_markdown(
-    rows: Sequence[TableRow], difference: Estimate, path: str | os.PathLike[str]
+    rows: Sequence[TableRow], difference: Estimate, note: str, path: str | os.PathLike[str]
 ) -> None:
-    """Writes `rows` and the paired difference of Masked (a fraction) as a Markdown table."""
+    """Writes `rows`, the paired difference of Masked (a fraction), and where the images are from
+    (`jaxfi.data.Dataset.note`) as a Markdown table."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * 2 + "---:|" * 5]
     lines += [f"| {' | '.join(_cells(row, '{} [{}, {}]'))} |" for row in rows]
-    lines += ["", _caption(rows), _difference(difference), ""]
+    lines += ["", *_below(rows, difference, note), ""]
     write_whole(Path(path), "\n".join(lines).encode())
 
 
 def write_latex(
-    rows: Sequence[TableRow], difference: Estimate, path: str | os.PathLike[str]
+    rows: Sequence[TableRow], difference: Estimate, note: str, path: str | os.PathLike[str]
 ) -> None:
-    """Writes `rows` as a booktabs `tabular`, with the paired difference of Masked below it."""
+    """Writes `rows` as a booktabs `tabular`, with the same lines below it as in Markdown."""
     interval = r"\begin{{tabular}}{{@{{}}r@{{}}}}{}\\{{\scriptsize [{}, {}]}}\end{{tabular}}"
-    body = [_latex(" & ".join(_cells(row, interval))) + r" \\" for row in rows]
+    body = [" & ".join(_cells(row, interval, latex_text)) + r" \\" for row in rows]
+    below = [latex_text(line) for line in _below(rows, difference, note)]
     lines = [
         r"% needs \usepackage{booktabs}",
         r"\begin{tabular}{llrrrrr}",
@@ -108,21 +112,21 @@ def write_latex(
         r"\midrule",
         *body,
         r"\bottomrule",
-        r"\multicolumn{7}{@{}l}{\footnotesize " + _latex(_caption(rows)) + r"} \\",
-        r"\multicolumn{7}{@{}l}{\footnotesize " + _latex(_difference(difference)) + "}",
+        " \\\\\n".join(rf"\multicolumn{{7}}{{@{{}}l}}{{\footnotesize {line}}}" for line in below),
         r"\end{tabular}",
     ]
     write_whole(Path(path), ("\n".join(lines) + "\n").encode())
 
 
 def print_table(
-    rows: Sequence[TableRow], difference: Estimate, console: Console | None = None
+    rows: Sequence[TableRow], difference: Estimate, note: str, console: Console | None = None
 ) -> None:
-    """Prints the paper's table, percentages over their intervals, and the paired difference."""
+    """Prints the paper's table, percentages over their intervals, and the lines below it."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, 100)  # a log file need not wrap
-    table = Table(caption=f"{_caption(rows)}\n{_difference(difference)}", caption_justify="left")
+    caption = escape("\n".join(_below(rows, difference, note)))
+    table = Table(caption=caption, caption_justify="left")
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
     for row in rows:
@@ -141,26 +145,20 @@ def _values(row: TableRow) -> list[str | int | float]:
     ]  # fmt: skip
 
 
-def _cells(row: TableRow, interval: str) -> list[str]:
+def _cells(row: TableRow, interval: str, literal: Callable = str) -> list[str]:
+    """A row's texts, made `literal`, and its shares as `interval` has them."""
     rates = row.rates
     shares = (rates.faulty_accuracy, rates.masked, rates.non_critical, rates.critical)
     loss = f"gradient, α={row.alpha:g}" if row.alpha else row.loss
     percentages = [interval.format(*(f"{100 * x:.2f}" for x in share)) for share in shares]
-    return [row.model, loss, f"{100 * row.clean_accuracy:.2f}", *percentages]
+    return [literal(row.model), literal(loss), f"{100 * row.clean_accuracy:.2f}", *percentages]
 
 
-def _caption(rows: Sequence[TableRow]) -> str:
+def _below(rows: Sequence[TableRow], difference: Estimate, note: str) -> list[str]:
     first = rows[0]
-    return f"{first.dataset}, {first.num_faults:,} faults × {first.num_images:,} images, percent."
-
-
-def _difference(difference: Estimate) -> str:
     value, low, high = (100 * fraction for fraction in difference)
-    return f"Masked, gradient − default, paired: {value:+.2f} [{low:+.2f}, {high:+.2f}] points."
-
-
-def _latex(text: str) -> str:
-    """`text` with what plain LaTeX does not print put in math mode."""
-    for character, command in (("α", r"$\alpha$"), ("×", r"$\times$"), ("−", "--")):
-        text = text.replace(character, command)
-    return text.replace("_", r"\_")
+    return [
+        f"{first.dataset}, {first.num_faults:,} faults × {first.num_images:,} images, percent.",
+        f"Masked, gradient − default, paired: {value:+.2f} [{low:+.2f}, {high:+.2f}] points.",
+        f"Images: {note.rstrip('.')}.",
+    ]
