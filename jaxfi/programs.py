@@ -60,11 +60,9 @@ class Programs:
 
     def __init__(self, network: Network, plan: LeafPlan, shared: dict):
         self.network, self.plan, self.shared = network, plan, shared
-        self.faulty_columns = compiled(self._faulty_columns)
-        self.faulty_leaf = compiled(corrupt)
+        self.faulty_leaf = self._common(corrupt)
         self.columns = compiled(self._columns)
         self.pack = compiled(self._pack)
-        self.lit = compiled(self._lit)
         self._suffix = [self._segment(number) for number in range(len(plan.stops))]
         self._golden: dict[int, Golden] = {}
 
@@ -144,6 +142,19 @@ class Programs:
             avals = [inputs.update(shape=tuple(shape)), *[result] * height, *avals]
         return [jnp.zeros(aval.shape, aval.dtype, device=device) for aval in avals]
 
+    def faulty_columns(self, leaf, block, channel, element, keep, flip) -> jax.Array:
+        """A leaf of the same shape, or one block of it: column k is channel k's, with fault k."""
+        how = (self.plan.axis, self.own)
+        program = self._common(_faulty_columns, static_argnames="how")
+        return program(leaf, block, channel, element, keep, flip, how=how)
+
+    def lit(self, golden: Golden) -> jax.Array:
+        """Which input channels are not zero everywhere in a batch, [channels] bool."""
+        gate = self.plan.gate
+        assert gate is not None, "only called where there is a gate"
+        values = golden.inputs[self.plan.inputs.index(gate.inputs)]
+        return self._common(_lit, static_argnames="axis")(values, axis=gate.input_axis)
+
     @property
     def own(self) -> Blocks | None:
         """The blocks of the leaf's own layer."""
@@ -154,6 +165,10 @@ class Programs:
         """The blocks of the layer that reads the packed channel."""
         assert self.plan.ahead is not None, "only called where there is such a layer"
         return self.network.blocks[self.plan.ahead]
+
+    def _common(self, function: Callable, **options: Any) -> Callable:
+        """One program for all leaves, compiled once for leaves of equal shapes."""
+        return self.shared.setdefault(function, compiled(function, **options))
 
     def _wanted(self) -> tuple:
         return self.plan.inputs, self.plan.products
@@ -182,23 +197,8 @@ class Programs:
     def _product(self, golden: Golden, result: core.Var) -> Partials:
         return golden.products[self.plan.products.index(result)]
 
-    def _lit(self, golden: Golden) -> jax.Array:
-        """Which input channels are not zero everywhere in a batch, [channels] bool."""
-        gate = self.plan.gate
-        assert gate is not None, "only called where there is a gate"
-        values = golden.inputs[self.plan.inputs.index(gate.inputs)]
-        others = [axis for axis in range(values.ndim) if axis != gate.input_axis]
-        return jnp.any(values != 0, axis=others)
-
     def _leaves(self, leaves: list) -> dict[core.Var, jax.Array]:
         return dict(zip(self.network.leaves, leaves, strict=True))
-
-    def _faulty_columns(self, leaf, block, channel, element, keep, flip) -> jax.Array:
-        """A leaf of the same shape, or one block of it: column k is channel k's, with fault k."""
-        if self.own is not None:
-            leaf = block_of(leaf, self.own.weight_axis, self.own, block)
-        columns = jnp.take(leaf, channel, axis=self.plan.axis, mode="clip")
-        return corrupt(columns, element, keep, flip)
 
     def _columns(self, leaves: list, golden: Golden, faulty, block, channel: jax.Array):
         """Which pairs changed, [C, B] bool, and each column of the values to pack, [C, B, ...]."""
@@ -311,6 +311,18 @@ class Programs:
         weights = evaluate(self.network, equation.invars[1:], known)[0]
         weights = block_of(weights, blocks.weight_axis, blocks, block)
         return climb(layer_dot(equation)(of_block[0], weights), *of_block[1:])
+
+
+def _faulty_columns(leaf, block, channel, element, keep, flip, how: tuple) -> jax.Array:
+    axis, own = how
+    if own is not None:
+        leaf = block_of(leaf, own.weight_axis, own, block)
+    columns = jnp.take(leaf, channel, axis=axis, mode="clip")
+    return corrupt(columns, element, keep, flip)
+
+
+def _lit(values: jax.Array, axis: int) -> jax.Array:
+    return jnp.any(values != 0, axis=[other for other in range(values.ndim) if other != axis])
 
 
 def _bits_differ(a: jax.Array, b: jax.Array) -> jax.Array:
