@@ -55,12 +55,15 @@ class Segment(NamedTuple):
 class Programs:
     """One leaf's programs; jit compiles those that are run. Holds golden values (`golden`).
 
-    Leaves of one layer have the same suffix and often the same prefix: `shared` keeps them.
+    Leaves of one layer have the same suffix and often the same prefix, leaves of equal shapes other
+    programs: `shared` keeps them.
     """
 
     def __init__(self, network: Network, plan: LeafPlan, shared: dict):
         self.network, self.plan, self.shared = network, plan, shared
         self.faulty_leaf = self._common(corrupt)
+        self._faulty_columns = self._common(_faulty_columns, static_argnames="how")
+        self._lit = self._common(_lit, static_argnames="axis")
         self.columns = compiled(self._columns)
         self.pack = compiled(self._pack)
         self._suffix = [self._segment(number) for number in range(len(plan.stops))]
@@ -145,15 +148,14 @@ class Programs:
     def faulty_columns(self, leaf, block, channel, element, keep, flip) -> jax.Array:
         """A leaf of the same shape, or one block of it: column k is channel k's, with fault k."""
         how = (self.plan.axis, self.own)
-        program = self._common(_faulty_columns, static_argnames="how")
-        return program(leaf, block, channel, element, keep, flip, how=how)
+        return self._faulty_columns(leaf, block, channel, element, keep, flip, how=how)
 
     def lit(self, golden: Golden) -> jax.Array:
         """Which input channels are not zero everywhere in a batch, [channels] bool."""
         gate = self.plan.gate
         assert gate is not None, "only called where there is a gate"
         values = golden.inputs[self.plan.inputs.index(gate.inputs)]
-        return self._common(_lit, static_argnames="axis")(values, axis=gate.input_axis)
+        return self._lit(values, axis=gate.input_axis)
 
     @property
     def own(self) -> Blocks | None:
