@@ -113,18 +113,24 @@ def _of_block(array: jax.Array, axis: int, blocks: Blocks) -> list[int]:
 def partials(x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable) -> Partials:
     """Inputs x [B, ...] and weights by block and level; `dot` is the layer's own operation."""
     x = _stored(x)
-    levels = [_block_sums(x, weights, blocks, dot)]
-    while len(levels[-1]) > 2:
-        levels.append(_level_above(levels[-1]))
+    levels = _levels(x, weights, blocks, dot)
     return Partials(split(x, blocks.input_axis, blocks), [jnp.stack(level) for level in levels])
 
 
 def blocked_dot(x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable) -> jax.Array:
     """The layer's result, [B, ...]."""
-    level = _block_sums(_stored(x), weights, blocks, dot)
-    while len(level) > 2:
-        level = _level_above(level)
-    return climb(*level)
+    return climb(*_levels(_stored(x), weights, blocks, dot)[-1])
+
+
+def _levels(
+    x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable
+) -> list[list[jax.Array]]:
+    """The tree from the blocks' sums up to the two that make the result."""
+    levels = [_block_sums(x, weights, blocks, dot)]
+    while len(levels[-1]) > 2:
+        below = levels[-1]
+        levels.append([a + b for a, b in zip(below[0::2], below[1::2], strict=True)])
+    return levels
 
 
 def _block_sums(x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable) -> list[jax.Array]:
@@ -137,10 +143,6 @@ def _block_sums(x: jax.Array, weights: jax.Array, blocks: Blocks, dot: Callable)
         dot(*(lax.slice_in_dim(array, n, n + blocks.size, axis=axis) for array, axis in both))
         for n in starts
     ]
-
-
-def _level_above(level: list[jax.Array]) -> list[jax.Array]:
-    return [a + b for a, b in zip(level[0::2], level[1::2], strict=True)]
 
 
 def siblings(levels: list[jax.Array], block: Any) -> list[jax.Array]:
