@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from experiments.agreement import BIT_CLASSES, in_decimals
-from experiments.command import run_command, workdir_from
-from experiments.config import check_same_config, claim_workdir, parse_flags
-from experiments.published_network import (
+from experiments.common.agreement import BIT_CLASSES, in_decimals
+from experiments.common.command import run_command, workdir_from
+from experiments.common.config import check_same_config, claim_workdir, parse_flags
+from experiments.common.published_network import (
     NetworkSettings,
     check_arithmetic,
     define_network_flags,
@@ -28,11 +28,11 @@ from experiments.published_network import (
     load_subject,
 )
 from jaxfi.campaign import Campaign, run_campaign
-from jaxfi.files import write_csv
+from jaxfi.data import write_csv
+from jaxfi.faults import sample_faults
 from jaxfi.outcomes import CRITICAL, MASKED, estimate_rate, shares
-from jaxfi.report.by_arithmetic import masked_beyond, masked_by_arithmetic
+from jaxfi.report import masked_beyond, masked_by_arithmetic
 from jaxfi.report.figures import save_figure
-from jaxfi.sampling import sample_faults
 
 COLUMNS = (
     "arithmetic", "bits", "num_faults", "masked", "masked_low", "masked_high",

@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config import check_same_config, claim_workdir, setting
-from experiments.gr import load_images
-from experiments.study import (
+from experiments.common.config import check_same_config, claim_workdir, setting
+from experiments.common.study import (
     apply_function,
     initial_shapes,
     integers,
@@ -33,20 +32,22 @@ from experiments.study import (
     run_from_flags,
     weight_leaves,
 )
-from jaxfi.bit_effects import BitEffect, bit_effects, stored_weights
-from jaxfi.checkpoint import load_variables
-from jaxfi.cumulative import cumulative_accuracy, draw_trials
-from jaxfi.data import DATASETS, Dataset, first_test_images
-from jaxfi.faults import PyTree, described_leaves, leaf_paths, word_bits
-from jaxfi.files import read_csv, write_csv
-from jaxfi.models import MODELS
+from experiments.gr import load_images
+from jaxfi.campaign import cumulative_accuracy, draw_trials
+from jaxfi.data import DATASETS, Dataset, first_test_images, read_csv, write_csv
+from jaxfi.faults import (
+    BitEffect,
+    bit_effects,
+    described_leaves,
+    leaf_paths,
+    stored_weights,
+    word_bits,
+)
+from jaxfi.models import MODELS, PyTree
+from jaxfi.network import ApplyFn, quantize, with_quantized_weights
 from jaxfi.outcomes import NAN_POLICIES
-from jaxfi.quantization import quantize, with_quantized_weights
-from jaxfi.report.study import write_study
-from jaxfi.report.study_logs import BIT_COLUMNS
-from jaxfi.slicing import ApplyFn
-from jaxfi.training import TrainConfig, train
-from jaxfi.training.convolution import with_matmul_convolutions
+from jaxfi.report.study import BIT_COLUMNS, write_study
+from jaxfi.training import TrainConfig, load_variables, train, with_matmul_convolutions
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 

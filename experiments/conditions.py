@@ -19,19 +19,16 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from experiments.command import run_command
-from experiments.config import Config, parse_flags
+from experiments.common.command import run_command
+from experiments.common.config import Config, parse_flags
 from experiments.gr import LOSSES, load_images
-from jaxfi.arithmetic import with_arithmetic
 from jaxfi.campaign import Campaign, run_campaign
-from jaxfi.checkpoint import load_variables
-from jaxfi.data import Dataset, first_test_images
-from jaxfi.faults import PyTree
-from jaxfi.files import write_csv
-from jaxfi.models import MODELS, evaluation_function
+from jaxfi.data import Dataset, first_test_images, write_csv
+from jaxfi.faults import sample_faults
+from jaxfi.models import MODELS, PyTree, evaluation_function
+from jaxfi.network import ApplyFn, with_arithmetic
 from jaxfi.outcomes import Estimate, paired_difference
-from jaxfi.sampling import sample_faults
-from jaxfi.slicing import ApplyFn
+from jaxfi.training import load_variables
 
 Change = Callable[[ApplyFn], ApplyFn]
 

@@ -20,8 +20,8 @@ from absl import app, flags
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from experiments.command import run_command, workdir_from
-from experiments.config import (
+from experiments.common.command import run_command, workdir_from
+from experiments.common.config import (
     Config,
     check_same_config,
     claim_workdir,
@@ -29,16 +29,13 @@ from experiments.config import (
     define_flags,
     parse_flags,
 )
-from experiments.job import define_job_flags, join_from_flags, require_trained
+from experiments.common.job import define_job_flags, join_from_flags, require_trained
 from jaxfi.campaign import Campaign, load_campaign, run_campaign
 from jaxfi.data import Dataset, first_test_images, load_dataset
-from jaxfi.fault_list import FaultList
-from jaxfi.faults import PyTree
-from jaxfi.models import MODELS, evaluation_function
+from jaxfi.faults import FaultList, fault_population, sample_faults, sample_size
+from jaxfi.models import MODELS, PyTree, evaluation_function
 from jaxfi.outcomes import paired_difference
-from jaxfi.report import coverage, figures, tables
-from jaxfi.report.shares import layer_name
-from jaxfi.sampling import fault_population, sample_faults, sample_size
+from jaxfi.report import coverage, figures, layer_name, tables
 from jaxfi.testset import DETECTS
 from jaxfi.training import train
 

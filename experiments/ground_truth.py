@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from rich.console import Console
 
-from experiments.agreement import (
+from experiments.common.agreement import (
     Agreement,
     compare,
     correct_images,
@@ -32,18 +32,19 @@ from experiments.agreement import (
     write_faults,
     write_intervals,
 )
-from experiments.command import run_command, workdir_from
-from experiments.config import check_same_config, claim_workdir, parse_flags
-from experiments.published_network import (
+from experiments.common.command import run_command, workdir_from
+from experiments.common.config import check_same_config, claim_workdir, parse_flags
+from experiments.common.published_network import (
     NetworkSettings,
     check_arithmetic,
     define_network_flags,
     given_settings,
     load_subject,
 )
-from jaxfi.campaign import PRECISIONS, Campaign, run_campaign
+from jaxfi.campaign import Campaign, run_campaign
 from jaxfi.convert import ResultTable, read_results
-from jaxfi.fault_list import FaultList
+from jaxfi.engine import PRECISIONS
+from jaxfi.faults import FaultList
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,37 +20,48 @@ import numpy as np
 import optax
 from absl import logging
 
-from experiments.config import check_same_config, claim_workdir, setting
-from experiments.gr import load_images
-from experiments.strategies import Strategy, groups, list_strategies
-from experiments.study import (
+from experiments.common.config import check_same_config, claim_workdir, setting
+from experiments.common.strategies import Strategy, groups, list_strategies
+from experiments.common.study import (
     apply_function,
     initial_shapes,
     require,
     require_weights,
     run_from_flags,
 )
-from jaxfi.augment import AffineRanges
-from jaxfi.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
-from jaxfi.compilation import compiled
-from jaxfi.cumulative import counts_of_range, cumulative_accuracy, draw_trials
-from jaxfi.data import DATASETS, Dataset, first_test_images, normalise
-from jaxfi.faults import PyTree
-from jaxfi.files import read_csv, write_csv
-from jaxfi.models import MODELS
+from experiments.gr import load_images
+from jaxfi.campaign import counts_of_range, cumulative_accuracy, draw_trials
+from jaxfi.data import (
+    DATASETS,
+    AffineRanges,
+    Dataset,
+    first_test_images,
+    normalise,
+    read_csv,
+    write_csv,
+)
+from jaxfi.engine import compiled
+from jaxfi.models import MODELS, PyTree
 from jaxfi.outcomes import NAN_POLICIES
-from jaxfi.report.study import write_study
-from jaxfi.report.study_logs import (
+from jaxfi.report.study import (
     INJECTION_COLUMNS,
     NETWORK_COLUMNS,
     SUMMARY_COLUMNS,
     TRAINING_COLUMNS,
+    write_study,
 )
-from jaxfi.sharpness import loss_surface
-from jaxfi.training import EpochRecord, TrainConfig
-from jaxfi.training.convolution import with_matmul_convolutions
-from jaxfi.training.loop import split
-from jaxfi.training.sweep import Member, train_sweep
+from jaxfi.training import (
+    EpochRecord,
+    Member,
+    TrainConfig,
+    has_checkpoint,
+    load_checkpoint,
+    loss_surface,
+    save_checkpoint,
+    split,
+    train_sweep,
+    with_matmul_convolutions,
+)
 
 Rows = list[list[Any]]
 

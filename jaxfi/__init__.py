@@ -1,13 +1,49 @@
-"""Fault injection and gradient regularization for JAX."""
+"""Fault injection and gradient regularization for JAX.
 
-from jaxfi.adaptive import AdaptiveCampaign, run_sequential, run_stratified
-from jaxfi.arithmetic import with_arithmetic
-from jaxfi.campaign import Campaign, NotReproducible, load_campaign, run_campaign
-from jaxfi.cumulative import CumulativeResult, cumulative_accuracy, draw_trials
-from jaxfi.explain import explain
-from jaxfi.fault_list import FaultList
-from jaxfi.faults import FAULT_MODELS, Fault, corrupt, inject, leaf_paths
-from jaxfi.neurons import inject_neurons, neuron_faults, neuron_outputs, with_neuron_words
+The campaign API is here at once; `jaxfi.models`, `jaxfi.training`, `jaxfi.convert`, `jaxfi.testset`
+and `jaxfi.report` are imported when they are first touched, with what they need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from jaxfi import campaign, data, engine, faults, network, outcomes
+from jaxfi.campaign import (
+    AdaptiveCampaign,
+    Campaign,
+    CumulativeResult,
+    NotReproducible,
+    cumulative_accuracy,
+    draw_trials,
+    load_campaign,
+    run_campaign,
+    run_sequential,
+    run_stratified,
+)
+from jaxfi.engine import explain
+from jaxfi.faults import (
+    FAULT_MODELS,
+    Fault,
+    FaultList,
+    corrupt,
+    exhaustive_faults,
+    fault_population,
+    inject,
+    leaf_paths,
+    sample_faults,
+    sample_size,
+)
+from jaxfi.network import (
+    inject_neurons,
+    neuron_faults,
+    neuron_outputs,
+    quantize,
+    with_arithmetic,
+    with_neuron_words,
+    with_quantized_weights,
+)
 from jaxfi.outcomes import (
     CRITICAL,
     MASKED,
@@ -17,8 +53,8 @@ from jaxfi.outcomes import (
     classify,
     paired_difference,
 )
-from jaxfi.quantization import quantize, with_quantized_weights
-from jaxfi.sampling import exhaustive_faults, fault_population, sample_faults, sample_size
+
+_LAZY = ("convert", "models", "report", "testset", "training")
 
 __all__ = [
     "CRITICAL",
@@ -33,19 +69,25 @@ __all__ = [
     "FaultList",
     "NotReproducible",
     "Rates",
+    "campaign",
     "classify",
     "corrupt",
     "cumulative_accuracy",
+    "data",
     "draw_trials",
+    "engine",
     "exhaustive_faults",
     "explain",
     "fault_population",
+    "faults",
     "inject",
     "inject_neurons",
     "leaf_paths",
     "load_campaign",
+    "network",
     "neuron_faults",
     "neuron_outputs",
+    "outcomes",
     "paired_difference",
     "quantize",
     "run_campaign",
@@ -57,3 +99,13 @@ __all__ = [
     "with_neuron_words",
     "with_quantized_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"jaxfi.{name}")
+    raise AttributeError(f"module 'jaxfi' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

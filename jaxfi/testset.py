@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, sparse
 
-from jaxfi.outcomes import CRITICAL, MASKED
+from jaxfi.outcomes._outcomes import CRITICAL, MASKED
 
 DETECTS = ("observable", "critical")
 _BLOCK_BYTES = 2**24  # of outcomes that are looked at in one go

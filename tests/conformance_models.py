@@ -15,8 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from jaxfi.models import MODELS
-from jaxfi.models.resnet import ResNet
+from jaxfi.models import MODELS, ResNet
 
 Model = tuple[Callable, dict, tuple[int, ...]]
 CLASSES = 4

@@ -25,11 +25,9 @@ import torch
 from absl import flags
 from hypothesis import strategies as st
 
-from experiments.config import check_same_config, config_from_flags, define_flags, read_flags
-from jaxfi.checkpoint import load_checkpoint, save_checkpoint
-from jaxfi.chunks import Chunk, decode_chunk, encode_chunk, pack_outcomes
-from jaxfi.convert import load_state, read_fault_list, read_results
-from jaxfi.description import (
+from experiments.common.config import check_same_config, config_from_flags, define_flags, read_flags
+from jaxfi.campaign._chunks import Chunk, decode_chunk, encode_chunk, pack_outcomes
+from jaxfi.campaign._description import (
     CAMPAIGN_FILE,
     LIST_COLUMNS,
     describe,
@@ -37,11 +35,12 @@ from jaxfi.description import (
     read_faults,
     signed,
 )
-from jaxfi.fault_list import FaultList
-from jaxfi.files import content_hash, read_npz, to_npz
-from jaxfi.sampling import sample_faults
-from tests.test_gr import SMALL
-from tests.test_store import PARAMS
+from jaxfi.convert import load_state, read_fault_list, read_results
+from jaxfi.data._files import content_hash, read_npz, to_npz
+from jaxfi.faults import FaultList, sample_faults
+from jaxfi.training import load_checkpoint, save_checkpoint
+from tests.campaign.test_store import PARAMS
+from tests.experiments.test_gr import SMALL
 
 NUM_INPUTS = int(os.environ.get("JAXFI_FUZZ_INPUTS", "60"))
 NETWORK = {

@@ -17,15 +17,14 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments.command import run_command
-from experiments.config import parse_flags
-from jaxfi.adaptive import run_sequential, run_stratified
-from jaxfi.campaign import run_campaign
-from jaxfi.checkpoint import load_variables
+from experiments.common.command import run_command
+from experiments.common.config import parse_flags
+from jaxfi.campaign import run_campaign, run_sequential, run_stratified
 from jaxfi.data import DATASETS, load_dataset, normalise
+from jaxfi.faults import fault_population, sample_faults, sample_size
 from jaxfi.models import MODELS, evaluation_function
 from jaxfi.outcomes import Rates
-from jaxfi.sampling import fault_population, sample_faults, sample_size
+from jaxfi.training import load_variables
 
 _NETWORK = flags.DEFINE_enum("network", "lenet", list(MODELS), "Name in jaxfi.models.MODELS.")
 _DATASET = flags.DEFINE_enum("dataset", "digits", list(DATASETS), "Images and labels.")

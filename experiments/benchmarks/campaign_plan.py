@@ -17,13 +17,13 @@ import numpy as np
 from absl import flags
 from flax import linen as nn
 
-from jaxfi.campaign import FAULTS_PER_BLOCK, leaf_price
-from jaxfi.explain import LeafCost, explain
-from jaxfi.fault_list import FaultList
-from jaxfi.faults import PyTree
-from jaxfi.plan_costs import network_arithmetic
-from jaxfi.slicing import trace_network
-from jaxfi.workers import split_blocks
+from jaxfi.campaign._run import FAULTS_PER_BLOCK, leaf_price
+from jaxfi.campaign._workers import split_blocks
+from jaxfi.engine import LeafCost, explain
+from jaxfi.engine._costs import network_arithmetic
+from jaxfi.faults import FaultList
+from jaxfi.models import PyTree
+from jaxfi.network import trace_network
 
 _PEAK = flags.DEFINE_float("peak", 67e12, "Operations a second of a device: H200, float32.")
 _REACHED = flags.DEFINE_float("reached", 0.5, "Share of the peak that is reached.")

@@ -39,8 +39,8 @@ from experiments.benchmarks.campaign_plan import (
     computing_seconds,
     plan_campaign,
 )
-from experiments.command import run_command
-from experiments.config import Config, parse_flags, read_flagfile
+from experiments.common.command import run_command
+from experiments.common.config import Config, parse_flags, read_flagfile
 from experiments.gr import LOSSES, list_faults
 from jaxfi.models import MODELS
 

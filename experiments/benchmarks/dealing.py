@@ -24,10 +24,10 @@ from experiments.benchmarks.campaign_plan import (
     until_the_last,
 )
 from experiments.benchmarks.durable import CAMPAIGN
-from experiments.command import run_command
-from experiments.config import parse_flags
+from experiments.common.command import run_command
+from experiments.common.config import parse_flags
 from jaxfi.campaign import load_campaign
-from jaxfi.explain import LeafCost
+from jaxfi.engine import LeafCost
 from jaxfi.models import MODELS
 from jaxfi.outcomes import MASKED
 

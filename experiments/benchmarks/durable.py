@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from experiments.command import run_command
-from experiments.config import parse_flags
-from jaxfi.campaign import FAULTS_PER_BLOCK, Campaign, load_campaign
-from jaxfi.description import read_description, read_faults
-from jaxfi.ledger import Ledger, MemoryLedger, open_directory
+from experiments.common.command import run_command
+from experiments.common.config import parse_flags
+from jaxfi.campaign import Campaign, load_campaign
+from jaxfi.campaign._description import read_description, read_faults
+from jaxfi.campaign._ledger import Ledger, MemoryLedger, open_directory
+from jaxfi.campaign._run import FAULTS_PER_BLOCK
+from jaxfi.campaign._workers import split_blocks
 from jaxfi.outcomes import MASKED, Results
-from jaxfi.workers import split_blocks
 
 CAMPAIGN = flags.DEFINE_string("campaign", "", "A finished campaign's directory.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that it is kept.")

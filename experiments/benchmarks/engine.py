@@ -41,15 +41,13 @@ from experiments.benchmarks.sides import (
     run_pytorch,
     run_reference,
 )
-from experiments.command import run_command
-from experiments.config import parse_flags
-from jaxfi.campaign import PRECISIONS
-from jaxfi.compilation import compiled
-from jaxfi.data import DATASETS
-from jaxfi.fault_list import FaultList
-from jaxfi.files import write_whole
+from experiments.common.command import run_command
+from experiments.common.config import parse_flags
+from jaxfi.campaign._run import PRECISIONS
+from jaxfi.data import DATASETS, write_whole
+from jaxfi.engine import compiled
+from jaxfi.faults import FaultList, fault_population, sample_faults, sample_size
 from jaxfi.outcomes import CRITICAL
-from jaxfi.sampling import fault_population, sample_faults, sample_size
 from tests.torch_models import TORCH_MODELS
 
 

@@ -25,18 +25,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.agreement import sample_rows
 from experiments.benchmarks.peer_tools import INPUT_SHAPE, Logits, TorchFault, installed_tools
-from experiments.command import run_command, workdir_from
-from experiments.config import parse_flags
-from experiments.published_network import Subject, load_subject
+from experiments.common.agreement import sample_rows
+from experiments.common.command import run_command, workdir_from
+from experiments.common.config import parse_flags
+from experiments.common.published_network import Subject, load_subject
 from jaxfi.campaign import run_campaign
-from jaxfi.compilation import compiled
-from jaxfi.convert import FLATTENED, load_state, read_fault_list
-from jaxfi.convert.layout import to_torch_layout, torch_name
-from jaxfi.fault_list import FaultList
-from jaxfi.faults import inject
-from jaxfi.files import write_csv
+from jaxfi.convert import FLATTENED, load_state, read_fault_list, to_torch_layout, torch_name
+from jaxfi.data import write_csv
+from jaxfi.engine import compiled
+from jaxfi.faults import FaultList, inject
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL
 from tests.torch_models import TORCH_MODELS
 

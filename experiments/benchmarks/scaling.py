@@ -25,11 +25,10 @@ from experiments.benchmarks.campaign_plan import (
     plan_campaign,
     unevenness,
 )
-from experiments.command import run_command
-from experiments.config import parse_flags
-from jaxfi.fault_list import FaultList
-from jaxfi.faults import PyTree
-from jaxfi.sampling import fault_population, sample_faults, sample_size
+from experiments.common.command import run_command
+from experiments.common.config import parse_flags
+from jaxfi.faults import FaultList, fault_population, sample_faults, sample_size
+from jaxfi.models import PyTree
 
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 50_000, "Images of the campaign.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images per batch.")

@@ -18,14 +18,12 @@ import numpy as np
 import torch
 
 from jaxfi.campaign import Campaign, run_campaign
-from jaxfi.checkpoint import load_variables
-from jaxfi.convert import FLATTENED, from_torch, load_state, to_torch
-from jaxfi.convert.layout import to_torch_layout, torch_name
+from jaxfi.convert import FLATTENED, from_torch, load_state, to_torch, to_torch_layout, torch_name
 from jaxfi.data import load_dataset, normalise
-from jaxfi.fault_list import FaultList
-from jaxfi.faults import PyTree, inject
-from jaxfi.models import MODELS, evaluation_function
+from jaxfi.faults import FaultList, inject
+from jaxfi.models import MODELS, PyTree, evaluation_function
 from jaxfi.outcomes import CRITICAL, MASKED, NON_CRITICAL
+from jaxfi.training import load_variables
 from tests.torch_models import TORCH_MODELS
 
 RANDOM = "random"

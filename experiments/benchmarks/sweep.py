@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jaxfi.data import load_dataset
 from jaxfi.models import MODELS
 from jaxfi.training import TrainConfig
-from jaxfi.training.loop import epoch_batches
-from jaxfi.training.step import Plan, initial_state
-from jaxfi.training.sweep import make_run_members, stack
+from jaxfi.training._loop import epoch_batches
+from jaxfi.training._step import Plan, initial_state
+from jaxfi.training._sweep import make_run_members, stack
 
 REPEATS = 3
 

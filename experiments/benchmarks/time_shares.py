@@ -21,15 +21,15 @@ from absl import app, flags
 
 from experiments.benchmarks import engine
 from experiments.benchmarks.sides import load_subject, run_jaxfi
-from experiments.command import run_command
-from experiments.config import parse_flags
-from jaxfi import campaign
-from jaxfi.compilation import compiled
-from jaxfi.golden import golden_run
-from jaxfi.plan_costs import columns_arithmetic, network_arithmetic, suffix_arithmetic
-from jaxfi.programs import Programs
-from jaxfi.sampling import fault_population, sample_faults, sample_size
-from jaxfi.slicing import arithmetic, needed_equations
+from experiments.common.command import run_command
+from experiments.common.config import parse_flags
+from jaxfi.engine import compiled
+from jaxfi.engine._costs import columns_arithmetic, network_arithmetic, suffix_arithmetic
+from jaxfi.engine._golden import golden_run
+from jaxfi.engine._programs import Programs
+from jaxfi.faults import fault_population, sample_faults, sample_size
+from jaxfi.network import trace_network as traced
+from jaxfi.network._graph import arithmetic, needed_equations
 
 PARTS = ("golden run", "prefix", "columns and tail", "packing", "suffix", "compiling")
 _COMPILING = "/jax/core/compile/"
@@ -112,14 +112,13 @@ def measure(settings: engine.Settings) -> tuple[float, Clock, float]:
     limit, clock, networks = matmul_limit(), Clock(), []
 
     def trace(*args: Any) -> Any:
-        networks.append(trace_network(*args))
+        networks.append(traced(*args))
         return networks[-1]
 
-    trace_network = campaign.trace_network
     with (
-        mock.patch("jaxfi.engine.Programs", timed_programs(clock)),
-        mock.patch("jaxfi.campaign.golden_run", timed_golden_run(clock)),
-        mock.patch("jaxfi.campaign.trace_network", trace),
+        mock.patch("jaxfi.engine._engines.Programs", timed_programs(clock)),
+        mock.patch("jaxfi.campaign._run.golden_run", timed_golden_run(clock)),
+        mock.patch("jaxfi.campaign._run.trace_network", trace),
     ):
         seconds, _ = run_jaxfi(settings, subject, faults)
     num_batches = -(-len(subject.images) // min(settings.batch_size, len(subject.images)))

@@ -22,14 +22,14 @@ import torch
 from absl import app, flags
 
 from experiments.benchmarks.engine import machine, versions
-from experiments.command import run_command
-from experiments.config import parse_flags
-from jaxfi.files import write_whole
+from experiments.common.command import run_command
+from experiments.common.config import parse_flags
+from jaxfi.data import write_whole
 from jaxfi.models import MODELS
-from jaxfi.training.config import TrainConfig
-from jaxfi.training.loop import epoch_batches
-from jaxfi.training.plan import choose_plan
-from jaxfi.training.step import initial_state, make_run_steps
+from jaxfi.training import TrainConfig
+from jaxfi.training._loop import epoch_batches
+from jaxfi.training._plan import choose_plan
+from jaxfi.training._step import initial_state, make_run_steps
 from tests.torch_models import TORCH_MODELS
 
 _NETWORK = flags.DEFINE_enum("network", "lenet", list(TORCH_MODELS), "What is trained.")

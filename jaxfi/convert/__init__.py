@@ -1,16 +1,19 @@
-"""PyTorch weights, fault lists and result tables, into jaxfi's names and layouts and back."""
+"""PyTorch weights, fault lists and result tables, into jaxfi's names and layouts and back.
+
+In: a file or a state dict of another tool. Out: a parameter tree, a `FaultList`, a `ResultTable`.
+"""
 
 from __future__ import annotations
 
-from jaxfi.convert.layout import FLATTENED
-from jaxfi.convert.tables import (
+from jaxfi.convert._layout import FLATTENED, to_torch_layout, torch_name
+from jaxfi.convert._tables import (
     ResultTable,
     read_fault_list,
     read_results,
     write_fault_list,
     write_results,
 )
-from jaxfi.convert.weights import from_torch, load_state, to_torch
+from jaxfi.convert._weights import from_torch, load_state, to_torch
 
 __all__ = [
     "FLATTENED",
@@ -20,6 +23,8 @@ __all__ = [
     "read_fault_list",
     "read_results",
     "to_torch",
+    "to_torch_layout",
+    "torch_name",
     "write_fault_list",
     "write_results",
 ]

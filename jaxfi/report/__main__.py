@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jaxfi.report.html import write_report
+from jaxfi.report._html import write_report
 
 USAGE = "usage: python -m jaxfi.report DIR    (DIR: a campaign's, or an experiment's workdir)"
 

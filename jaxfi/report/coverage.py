@@ -18,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from jaxfi.files import write_whole
-from jaxfi.report.latex import latex_text
-from jaxfi.report.page import literal
-from jaxfi.report.style import SERIES_STYLES, TEXT_WIDTH, print_style
+from jaxfi.data._files import write_whole
+from jaxfi.report._latex import latex_text
+from jaxfi.report._page import literal
+from jaxfi.report._style import SERIES_STYLES, TEXT_WIDTH, print_style
 from jaxfi.testset import (
     DETECTS,
     Cover,

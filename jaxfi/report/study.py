@@ -11,18 +11,30 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from jaxfi.files import read_csv
-from jaxfi.report.figures import save_figure
-from jaxfi.report.study_figures import areas, by_bit, injection_figures, training_figures
-from jaxfi.report.study_logs import (
+from jaxfi.data._files import read_csv
+from jaxfi.report._study_figures import areas, by_bit, injection_figures, training_figures
+from jaxfi.report._study_logs import (
     BIT_COLUMNS,
     INJECTION_COLUMNS,
+    NETWORK_COLUMNS,
     ROBUSTNESS_COLUMNS,
+    SUMMARY_COLUMNS,
     TRAINING_COLUMNS,
     Rows,
     logged_ranges,
 )
-from jaxfi.report.study_tables import write_tables
+from jaxfi.report._study_tables import write_tables
+from jaxfi.report.figures import save_figure
+
+__all__ = [
+    "BIT_COLUMNS",
+    "INJECTION_COLUMNS",
+    "NETWORK_COLUMNS",
+    "ROBUSTNESS_COLUMNS",
+    "SUMMARY_COLUMNS",
+    "TRAINING_COLUMNS",
+    "write_study",
+]
 
 
 def write_study(workdir: str | Path) -> list[Path]:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxfi.campaign import Campaign
-from jaxfi.files import write_whole
-from jaxfi.outcomes import Estimate, Rates
-from jaxfi.report.latex import latex_text
+from jaxfi.campaign._run import Campaign
+from jaxfi.data._files import write_whole
+from jaxfi.outcomes._outcomes import Estimate, Rates
+from jaxfi.report._latex import latex_text
 
 COLUMNS = (
     "dataset", "model", "loss", "optimizer", "epochs", "alpha", "clean_acc", "faulty_acc",

@@ -1,0 +1,1 @@
+"""What several experiments share: flags, command line, jobs, the published network."""

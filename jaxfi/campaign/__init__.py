@@ -1,0 +1,33 @@
+"""Campaigns: every fault on every image, checked, shared out, saved, resumed.
+
+In: `apply_fn`, parameters, a fault list, images and labels. Out: a `Campaign`, in memory or in a
+directory; an `AdaptiveCampaign`, which stops when the rates are known; a `CumulativeResult`, the
+accuracy against the number of faults.
+"""
+
+from __future__ import annotations
+
+from jaxfi.campaign._adaptive import AdaptiveCampaign, run_sequential, run_stratified
+from jaxfi.campaign._cumulative import (
+    CumulativeResult,
+    counts_of_range,
+    cumulative_accuracy,
+    draw_trials,
+)
+from jaxfi.campaign._processes import join_job
+from jaxfi.campaign._run import Campaign, NotReproducible, load_campaign, run_campaign
+
+__all__ = [
+    "AdaptiveCampaign",
+    "Campaign",
+    "CumulativeResult",
+    "NotReproducible",
+    "counts_of_range",
+    "cumulative_accuracy",
+    "draw_trials",
+    "join_job",
+    "load_campaign",
+    "run_campaign",
+    "run_sequential",
+    "run_stratified",
+]

@@ -1,0 +1,116 @@
+"""What is done of a campaign: in memory, or in a directory that several processes share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxfi.campaign._processes import Claims
+from jaxfi.campaign._store import Store, open_store
+from jaxfi.faults._list import FaultList
+from jaxfi.outcomes._outcomes import Results
+
+
+class Ledger(Protocol):
+    """Keeps the results of F faults; a fault that is not activated has golden's from the start."""
+
+    def unfinished(self) -> np.ndarray:
+        """[F] bool: faults without results yet, whoever works on them."""
+
+    def unclaimed(self, blocks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """The blocks that nobody else works on, which are this process's now: rows to run."""
+
+    def write(self, rows: np.ndarray, results: Results) -> None:
+        """Keeps the results of these rows."""
+
+    def results(self) -> Results:
+        """All results; only when none is unfinished."""
+
+
+class MemoryLedger:
+    """Of a campaign without a directory."""
+
+    def __init__(self, golden: Results, activated: np.ndarray):
+        self._results = Results(*(np.repeat(a, len(activated), axis=0) for a in golden))
+        self._unfinished = activated.copy()
+
+    def unfinished(self) -> np.ndarray:
+        return self._unfinished
+
+    def unclaimed(self, blocks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        yield from blocks
+
+    def write(self, rows: np.ndarray, results: Results) -> None:
+        for whole, part in zip(self._results, results, strict=True):
+            whole[rows] = part
+        self._unfinished[rows] = False
+
+    def results(self) -> Results:
+        return self._results
+
+
+class DirectoryLedger:
+    """Of a campaign in a directory, shared by the processes of a job."""
+
+    def __init__(self, store: Store, claims: Claims, process_index: int, num_processes: int):
+        self._store, self._claims = store, claims
+        self._process_index, self._num_processes = process_index, num_processes
+
+    def begin(self, golden: Results, activated: np.ndarray) -> None:
+        """Writes the faults that are not activated."""
+        for rows in self.unclaimed([np.flatnonzero(~activated)]):
+            self.write(rows, Results(*(np.repeat(a, len(rows), axis=0) for a in golden)))
+
+    def unfinished(self) -> np.ndarray:
+        return ~self._store.finished()
+
+    def unclaimed(self, blocks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        # Each process begins elsewhere: they meet late, and compile other leaves first.
+        start = self._process_index * len(blocks) // self._num_processes
+        for rows in (*blocks[start:], *blocks[:start]):
+            if len(rows) and self._claims.take(int(rows[0])):
+                # Looked at after the claim: who had it before has written, or never will.
+                rows = rows[self.unfinished()[rows]]
+                if len(rows):
+                    yield rows
+
+    def write(self, rows: np.ndarray, results: Results) -> None:
+        self._store.write(rows, *results)
+
+    def results(self) -> Results:
+        return self._store.merge() if self._process_index == 0 else self._store.read()
+
+
+@contextlib.contextmanager
+def open_directory(
+    directory: str | os.PathLike,
+    fingerprint: Mapping[str, Any],
+    faults: FaultList,
+    values: tuple[np.ndarray, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Iterator[DirectoryLedger]:
+    """The ledger in `directory`, begun or continued. Raises as `open_store` and `Store.keep`.
+
+    Args:
+      fingerprint, faults, values: as in `open_store`.
+      arrays: golden outputs and labels, [N, ...] each, to keep beside the results.
+      process_index, num_processes: which process of the job this is, and of how many.
+    """
+    num_images = len(arrays["labels"])
+    with open_store(
+        directory, fingerprint, faults, num_images, values=values, process_index=process_index
+    ) as store:
+        store.keep(**arrays)
+        claims = Claims(Path(directory) / "claims")
+        try:
+            yield DirectoryLedger(store, claims, process_index, num_processes)
+        finally:
+            claims.close()

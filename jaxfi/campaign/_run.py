@@ -1,0 +1,303 @@
+"""A campaign: every fault on every image, counted, checked by null faults, saved and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxfi.campaign._checks import (
+    check_choices,
+    checked_devices,
+    checked_images,
+    checked_memory,
+    in_batches,
+)
+from jaxfi.campaign._fingerprint import fingerprint
+from jaxfi.campaign._ledger import Ledger, MemoryLedger, open_directory
+from jaxfi.campaign._store import load
+from jaxfi.campaign._workers import (
+    NotReproducible,
+    Price,
+    run_blocks,
+    run_checked,
+    split_blocks,
+    start_workers,
+)
+from jaxfi.engine._compilation import PRECISIONS
+from jaxfi.engine._engines import ENGINES
+from jaxfi.engine._explain import LeafCost, leaf_costs, plan_text
+from jaxfi.engine._golden import Setup, golden_run, network_function
+from jaxfi.engine._plan import part_of_layer, plan_leaves
+from jaxfi.faults._list import FaultList
+from jaxfi.faults._transforms import PyTree
+from jaxfi.network._graph import ApplyFn, trace_network
+from jaxfi.outcomes._outcomes import (
+    Rates,
+    Results,
+    accuracy,
+    checked_population,
+    estimate_rate,
+    judge,
+    per_fault_shares,
+)
+
+__all__ = ["ENGINES", "PRECISIONS", "Campaign", "NotReproducible", "load_campaign", "run_campaign"]
+
+FAULTS_PER_BLOCK = 2048  # saved together; the results do not depend on it
+_LOOK_EVERY = 0.5  # seconds between two looks at what the other processes have finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Campaign:
+    """The result of `run_campaign`.
+
+    Attributes:
+      faults: F faults.
+      outcomes: [F, N] uint8, 0 masked, 1 non-critical, 2 critical.
+      due: [F, N] bool, the faulty output holds NaN or Inf.
+      correct: [F] int32, images whose faulty prediction is the label.
+      golden: [N, classes] fault-free outputs.
+      labels: [N] int32.
+      provenance: what the result depends on: hashes, precision, batch size, seed, versions.
+    """
+
+    faults: FaultList
+    outcomes: np.ndarray
+    due: np.ndarray
+    correct: np.ndarray
+    golden: np.ndarray
+    labels: np.ndarray
+    provenance: dict[str, Any]
+
+    @property
+    def results(self) -> Results:
+        """`outcomes`, `due` and `correct` together."""
+        return Results(self.outcomes, self.due, self.correct)
+
+    @property
+    def num_due(self) -> np.ndarray:
+        """[F] images per fault whose output held NaN or Inf."""
+        return self.due.sum(axis=1)
+
+    @property
+    def num_not_activated(self) -> int:
+        """Faults that did not change the stored word (stuck-at the value it has)."""
+        return self.provenance["num_not_activated"]
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of images that the fault-free network predicts correctly."""
+        return accuracy(self.golden, self.labels, self.provenance["nan"])
+
+    @property
+    def faulty_accuracy(self) -> float:
+        """Correct faulty predictions / (faults x images)."""
+        return float(self.correct.sum() / self.outcomes.size)
+
+    def rates(self, population: int | None = None, t: float = 2.58) -> Rates:
+        """Rates with intervals that take each fault as one cluster of images.
+
+        Args:
+          population: possible faults; default those that the list was drawn from.
+          t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+
+        Returns fractions. `jaxfi.outcomes.estimate_rate` has the source. Raises ValueError for a t
+        that is not positive, or a population of fewer faults than the list.
+        """
+        if population is None:
+            population = self.faults.population
+        checked_population(population, len(self.faults))
+        if not 0 < t < float("inf"):
+            raise ValueError(f"t {t} is out of range: allowed is t > 0")
+        num_images = self.outcomes.shape[1]
+        return Rates(*(
+            estimate_rate(per_fault_shares(self.results, rate), num_images, population, t)
+            for rate in Rates._fields
+        ))  # fmt: skip
+
+
+def run_campaign(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    faults: FaultList,
+    images: Any,
+    labels: Any,
+    *,
+    nan: str = "critical",
+    engine: str = "fast",
+    batch_size: int = 100,
+    precision: str = "highest",
+    memory_budget: int | None = None,
+    seed: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+    progress: bool = False,
+    workdir: str | os.PathLike | None = None,
+) -> Campaign:
+    """Runs every fault on every image.
+
+    Args:
+      apply_fn: pure; maps `params` and images [batch, ...] to outputs [batch, classes].
+      params: any pytree of float or integer arrays; faults go into these.
+      faults: F faults in `params`.
+      images: [N, ...].
+      labels: [N] integers.
+      nan: "critical" counts a changed output with a NaN as critical; "argmax" goes by the argmax
+        of NaN, as published tools do.
+      engine: "fast", "reference" (one fault at a time), or "vmap".
+      batch_size: images per batch. It fixes the shapes, so the last bits: part of the result.
+      precision: of matmuls and convolutions: "highest" (float32), "high", "default" (a GPU's TF32).
+      memory_budget: bytes of each device; default 70 % of what it reports, or of the machine.
+      seed: of the null faults that check the run.
+      devices: where to run, of one kind and this process's own; default all local accelerators, or
+        one CPU. Blocks of faults go to whichever is free. The outcomes do not depend on how many.
+      progress: show a progress bar with rate and ETA.
+      workdir: a directory that keeps finished work; the same campaign there is continued. The
+        processes of a job (`jaxfi.distributed.join_job`) share it, and each returns the whole.
+
+    Raises ValueError or TypeError, before any work, for arguments that do not fit; NotReproducible
+    if a null fault is not masked. With a workdir: ValueError that names what differs from the
+    campaign there, or the file that is damaged; BlockingIOError if another process has it; OSError.
+
+    >>> params = {"w": jnp.eye(2)}
+    >>> faults = FaultList.from_sites([("w", (0, 0), 31), ("w", (0, 1), 0)], params)
+    >>> images = np.array([[2.0, 1.0], [0.5, 1.0]], np.float32)
+    >>> result = run_campaign(lambda p, x: x @ p["w"], params, faults, images, [0, 1])
+    >>> result.outcomes.tolist()
+    [[2, 1], [0, 0]]
+    """
+    check_choices(engine, precision, nan, seed)
+    images, labels = checked_images(images, labels)
+    batches = in_batches(images, batch_size)
+    faults.check_injectable(params)
+    devices = checked_devices(devices, workdir)
+    with jax.default_matmul_precision(precision), jax.default_device(devices[0]):
+        batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
+        network = trace_network(apply_fn, params, batch)
+        leaves = np.unique(faults.leaf).tolist() if engine == "fast" else []
+        plans = plan_leaves(network, leaves)
+        costs = leaf_costs(network, plans.values(), faults.leaf)
+        num_kept = len(images) * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
+        memory = checked_memory(memory_budget, devices, num_kept, costs)
+        params, function = jax.tree.map(jnp.asarray, params), network_function(network, apply_fn)
+        golden, speed = golden_run(function, params, batches, len(images))
+        setup = Setup(network, function, params, batches, labels, golden, nan, memory, plans)
+        prices = {leaf: leaf_price(cost) for leaf, cost in zip(leaves, costs, strict=True)}
+        work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices)
+        provenance = _provenance(work, precision)
+        with _open_ledger(workdir, provenance, work) as ledger:
+            if progress and costs:
+                plan = plan_text(costs, len(images), len(batches), memory, speed)
+                print(plan, file=sys.stderr)
+            _run_unfinished(ledger, work, progress)
+            results = ledger.results()
+    return Campaign(faults, *results, golden, labels, provenance)
+
+
+def load_campaign(directory: str | os.PathLike) -> Campaign:
+    """The campaign that `run_campaign(..., workdir=directory)` finished there.
+
+    Raises FileNotFoundError, or ValueError naming what is missing or damaged.
+    """
+    stored = load(directory)
+    golden, labels = stored.arrays["golden"], stored.arrays["labels"]
+    return Campaign(stored.faults, *stored.results, golden, labels, stored.fingerprint)
+
+
+class _Work(NamedTuple):
+    """What a campaign runs, and where; faults that are not `activated` [F] need no run.
+
+    `prices` of the leaves are the plan's, where the engine has one.
+    """
+
+    setup: Setup
+    faults: FaultList
+    activated: np.ndarray
+    engine: str
+    seed: int
+    devices: Sequence[jax.Device]
+    prices: Mapping[int, Price]
+
+    def blocks(self) -> list[np.ndarray]:
+        """Of all faults, not only the unfinished: every process must see the same blocks."""
+        num_workers = len(self.devices) * jax.process_count()
+        rows = np.flatnonzero(self.activated)
+        part = part_of_layer(self.setup.network, self.setup.plans.values(), self.faults)
+        near = rows[np.argsort(part[rows], kind="stable")]
+        return split_blocks(self.faults, near, FAULTS_PER_BLOCK, num_workers, self.prices)
+
+    def masked(self) -> Results:
+        """One fault's, if it changes nothing: golden's own."""
+        golden, labels = self.setup.golden, self.setup.labels
+        verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, self.setup.nan))
+        correct = np.array([verdict.correct.sum()], np.int32)
+        return Results(verdict.outcome[None], verdict.due[None], correct)
+
+
+def leaf_price(cost: LeafCost) -> Price:
+    """By the plan: as if every pair survived. A block ends a group of columns that is not full."""
+    return Price(cost.columns + cost.suffix, cost.columns * cost.group_size)
+
+
+def _provenance(work: _Work, precision: str) -> dict[str, Any]:
+    return {
+        **fingerprint(work.setup, work.devices[0]),
+        "engine": work.engine,
+        "precision": precision,
+        "seed": work.seed,
+        "num_not_activated": int(np.count_nonzero(~work.activated)),
+    }
+
+
+@contextlib.contextmanager
+def _open_ledger(
+    workdir: str | os.PathLike | None, provenance: dict[str, Any], work: _Work
+) -> Iterator[Ledger]:
+    """What is finished; faults that are not activated are from the start, with golden's results."""
+    if workdir is None:
+        yield MemoryLedger(work.masked(), work.activated)
+        return
+    with open_directory(
+        workdir,
+        provenance,
+        work.faults,
+        work.faults.values(work.setup.params),
+        {"golden": work.setup.golden, "labels": work.setup.labels},
+        process_index=jax.process_index(),
+        num_processes=jax.process_count(),
+    ) as ledger:
+        ledger.begin(work.masked(), work.activated)
+        yield ledger
+
+
+def _run_unfinished(ledger: Ledger, work: _Work, progress: bool) -> None:
+    """Runs blocks until none is unfinished, whoever finishes them."""
+    unfinished = ledger.unfinished()
+    if not unfinished.any():
+        return
+    workers = start_workers(work.setup, work.engine, work.devices)
+    run_block = functools.partial(run_checked, faults=work.faults, seed=work.seed)
+    with _bar(int(unfinished.sum()) * work.setup.num_images, progress) as advance:
+        while True:
+            blocks = ledger.unclaimed(work.blocks())
+            for rows, results in run_blocks(workers, blocks, run_block, advance):
+                ledger.write(rows, results)
+            if not ledger.unfinished().any():
+                return
+            time.sleep(_LOOK_EVERY)  # others work on the rest, or die and leave it
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=total, unit=" outcomes", unit_scale=True, disable=not progress) as bar:
+        yield lambda count: bar.update(min(count, total - bar.n)) and None

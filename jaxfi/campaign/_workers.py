@@ -1,0 +1,171 @@
+"""Workers: one engine a device, and the blocks of faults that they run, null faults among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxfi.engine._engines import ENGINES, Advance, Engine
+from jaxfi.engine._golden import Setup
+from jaxfi.faults._list import FaultList
+from jaxfi.outcomes._outcomes import MASKED, Results
+
+_FAULTS_PER_NULL = 128
+_BLOCKS_PER_WORKER = 4  # so that the last to finish is not far behind the first
+
+
+class NotReproducible(RuntimeError):
+    """A null fault was not masked: this backend's sums depend on where an image stands."""
+
+
+class Worker(NamedTuple):
+    """A device, what is on it, and the engine that runs there."""
+
+    device: jax.Device
+    setup: Setup
+    engine: Engine
+
+
+class Price(NamedTuple):
+    """What a leaf's faults take, in any unit.
+
+    Attributes:
+      fault: each of them.
+      block: a block beside its faults, at most; its faults then take at least as much.
+    """
+
+    fault: float
+    block: float = 0.0
+
+
+RunBlock = Callable[[Worker, np.ndarray, Advance], Results]
+
+
+def split_blocks(
+    faults: FaultList,
+    rows: np.ndarray,
+    largest: int,
+    num_workers: int,
+    prices: Mapping[int, Price] | None = None,
+) -> list[np.ndarray]:
+    """Rows that are run and saved together: faults of one leaf, enough blocks for all workers.
+
+    Args:
+      faults: the whole list.
+      rows: of it, [k] integers, are divided in their order: neighbours stay together.
+      largest: faults in a block at most.
+      num_workers: devices of all processes. Of several, each gets a few blocks, so that the last to
+        finish is not far behind the first.
+      prices: of each leaf that has faults; by default all faults take as long.
+    """
+    leaves, counts = np.unique(faults.leaf[rows], return_counts=True)
+    of_leaf = {leaf: (prices or {}).get(leaf, Price(1.0)) for leaf in leaves}
+    total = sum(count * of_leaf[leaf].fault for leaf, count in zip(leaves, counts, strict=True))
+    share = total / (num_workers * _BLOCKS_PER_WORKER) if num_workers > 1 else np.inf
+    blocks = []
+    for leaf, price in of_leaf.items():
+        wanted = max(share, price.block) / price.fault if price.fault else largest
+        size = math.ceil(min(wanted, largest)) or 1
+        there = rows[faults.leaf[rows] == leaf]
+        blocks += [np.sort(there[n : n + size]) for n in range(0, len(there), size)]
+    return blocks
+
+
+def start_workers(setup: Setup, engine: str, devices: Sequence[jax.Device]) -> list[Worker]:
+    """One engine a device, with the parameters on it."""
+    workers = []
+    for device in devices:
+        with jax.default_device(device):
+            here = dataclasses.replace(setup, params=jax.device_put(setup.params, device))
+            workers.append(Worker(device, here, ENGINES[engine](here)))
+    return workers
+
+
+def run_blocks(
+    workers: Sequence[Worker],
+    blocks: Iterable[np.ndarray],
+    run_block: RunBlock,
+    advance: Advance,
+) -> Iterator[tuple[np.ndarray, Results]]:
+    """Runs each block on whichever worker is free, and takes the next one only then.
+
+    Yields rows and results as they come. `advance` is told of (fault, image) pairs as they are
+    done, from one thread a worker. Closing the iterator stops the others at their next batch.
+    """
+    if len(workers) == 1:
+        for rows in blocks:
+            with jax.default_device(workers[0].device):
+                results = run_block(workers[0], rows, advance)
+            yield rows, results
+        return
+    free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    stopped = threading.Event()
+
+    def advance_or_stop(count: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        advance(count)
+
+    def run(rows: np.ndarray) -> tuple[np.ndarray, Results]:
+        worker = free.get()
+        try:  # a thread has its own default device and precision
+            with jax.default_device(worker.device), jax.default_matmul_precision(precision):
+                return rows, run_block(worker, rows, advance_or_stop)
+        finally:
+            free.put(worker)
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        try:
+            yield from _as_finished(pool, run, blocks, len(workers))
+        finally:
+            stopped.set()
+
+
+def _as_finished(
+    pool: ThreadPoolExecutor, run: Callable, blocks: Iterable[np.ndarray], at_once: int
+) -> Iterator[tuple[np.ndarray, Results]]:
+    running: set = set()
+    for rows in blocks:
+        running.add(pool.submit(run, rows))
+        if len(running) == at_once:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    while running:
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in done)
+
+
+def run_checked(
+    worker: Worker, rows: np.ndarray, advance: Advance, *, faults: FaultList, seed: int
+) -> Results:
+    """Runs a block with null faults among it, at places of its faults, which must all be masked.
+
+    Raises NotReproducible if one is not.
+    """
+    faults = faults[rows]
+    leaf = int(faults.leaf[0])
+    generator = np.random.default_rng([seed, leaf, int(faults.element[0])])
+    num_null = 1 + len(faults) // _FAULTS_PER_NULL
+    mixed = faults + faults.nulls(generator.choice(faults.element, num_null))
+    order = generator.permutation(len(mixed))
+    results = worker.engine(mixed[order], advance)
+    place = np.argsort(order)
+    if np.any(results.outcomes[place[len(faults) :]] != MASKED):
+        raise NotReproducible(
+            f"a null fault in {faults.paths[leaf]} was not masked on {worker.device.platform} "
+            f"with batches {worker.setup.batches.shape[1:]}: the output for an image depends on "
+            "its place in the batch, so outcomes would be wrong. Nothing is reported; "
+            "try engine='reference' or another batch_size"
+        )
+    return Results(*(array[place[: len(faults)]] for array in results))

@@ -1,0 +1,211 @@
+"""The field's CSV files: fault lists and result tables, in PyTorch's names and index order."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxfi.convert._layout import (
+    FLATTENED,
+    from_torch_layout,
+    to_torch_layout,
+    torch_leaves,
+    torch_name,
+)
+from jaxfi.faults._list import FaultList
+from jaxfi.faults._sites import parse_index
+from jaxfi.faults._transforms import BIT_MODELS, FAULT_MODELS, word_bits
+
+PyTree = Any
+Path = str | os.PathLike
+
+_FAULT_COLUMNS = ("Injection", "Layer", "TensorIndex", "Bit")
+_COUNT_COLUMNS = ("n_injections", "masked", "non_critical", "critical")
+
+
+class ResultTable(NamedTuple):
+    """What a campaign found for each fault of a list, as the field tabulates it.
+
+    Attributes:
+      faults: F faults.
+      n_injections: [F] int64, images per fault.
+      masked, non_critical, critical: [F] int64, images per outcome; they add to `n_injections`.
+    """
+
+    faults: FaultList
+    n_injections: np.ndarray
+    masked: np.ndarray
+    non_critical: np.ndarray
+    critical: np.ndarray
+
+
+def read_fault_list(
+    path: Path,
+    params: PyTree,
+    *,
+    model: str = "bit-flip",
+    flattened: Mapping[str, int] = FLATTENED,
+) -> FaultList:
+    """Reads the field's CSV `Injection,Layer,TensorIndex,Bit`: PyTorch names and index order.
+
+    Args:
+      path: the file. Layer is a module (`conv1`, meaning its weight) or a parameter
+        (`linear.bias`); TensorIndex a tuple `"(3, 0, 2, 1)"` or a flat integer. Other columns are
+        ignored, and rows keep their order, whatever their Injection.
+      params: parameters, or variables, that the list is for; shapes and dtypes are enough.
+      model: what the file does not say: "bit-flip", "stuck-at-0" or "stuck-at-1".
+      flattened: see `from_torch`.
+
+    Raises ValueError naming the first line that does not fit.
+    """
+    if model not in BIT_MODELS:
+        raise ValueError(f"fault model {model!r} names no bit: allowed are {', '.join(BIT_MODELS)}")
+    site = _site_parser(params, flattened)
+    return FaultList.from_sites(_read_rows(path, _FAULT_COLUMNS, site), params, model=model)
+
+
+def write_fault_list(
+    path: Path, faults: FaultList, *, flat: bool = False, flattened: Mapping[str, int] = FLATTENED
+) -> None:
+    """Writes what `read_fault_list` reads; `flat` writes TensorIndex as an integer.
+
+    Raises ValueError for faults without a bit or of several models, which the CSV cannot tell.
+    """
+    _write_rows(path, _FAULT_COLUMNS, _site_texts(faults, flat, flattened))
+
+
+def read_results(
+    path: Path,
+    params: PyTree,
+    *,
+    model: str = "bit-flip",
+    flattened: Mapping[str, int] = FLATTENED,
+) -> ResultTable:
+    """Reads a fault list with `n_injections,masked,non_critical,critical` beside it.
+
+    Arguments and errors are those of `read_fault_list`; counts that do not add up are one.
+    """
+    faults = read_fault_list(path, params, model=model, flattened=flattened)
+    counts = _read_rows(path, _COUNT_COLUMNS, _counts)
+    return ResultTable(faults, *np.array(list(counts), np.int64).reshape(-1, 4).T)
+
+
+def write_results(
+    path: Path,
+    results: ResultTable,
+    *,
+    flat: bool = False,
+    flattened: Mapping[str, int] = FLATTENED,
+) -> None:
+    """Writes what `read_results` reads."""
+    counts = np.stack(results[1:], axis=1).tolist()
+    sites = _site_texts(results.faults, flat, flattened)
+    rows = [(*site, *row) for site, row in zip(sites, counts, strict=True)]
+    _write_rows(path, _FAULT_COLUMNS + _COUNT_COLUMNS, rows)
+
+
+def _read_rows(path: Path, columns: tuple[str, ...], parse: Callable) -> Iterator[Any]:
+    """`parse` of the named columns of every row; what is wrong is given the file and line."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.DictReader(file, restval="")
+        try:
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"no column {', '.join(missing)} in {reader.fieldnames or []}")
+            for row in reader:
+                yield parse(*(row[name] for name in columns))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+        except csv.Error as error:  # in the line behind the last that was read
+            raise ValueError(f"{path}: line {reader.line_num + 1}: {error}") from None
+
+
+def _write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[tuple]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows((number, *row) for number, row in enumerate(rows))
+
+
+def _site_parser(params: PyTree, flattened: Mapping[str, int]) -> Callable:
+    """A function from the texts of a row to (path, flat index, bit), in jaxfi's layout."""
+    leaves = {name: (path, leaf) for name, path, leaf in torch_leaves(params)}
+    leaves |= {name.removesuffix(".weight"): where for name, where in leaves.items()}
+
+    @functools.cache
+    def positions(layer: str) -> np.ndarray:
+        return _positions(leaves[layer][0], leaves[layer][1].shape, flattened)
+
+    def parse(injection: str, layer: str, index: str, bit: str) -> tuple[str, int, int]:
+        _integer(injection)
+        if layer not in leaves:
+            known = ", ".join(name for name in leaves if not name.endswith(".weight"))
+            raise ValueError(f"no layer {layer!r}: allowed are {known}")
+        path, leaf = leaves[layer]
+        width = word_bits(leaf.dtype)
+        if _integer(bit) >= width:
+            raise ValueError(f"bit {bit} is outside a {leaf.dtype} word of {width} bits")
+        return path, _lookup(positions(layer), parse_index(index)), _integer(bit)
+
+    return parse
+
+
+def _positions(path: str, shape: tuple[int, ...], flattened: Mapping[str, int]) -> np.ndarray:
+    """jaxfi's flat index of every element of a leaf, laid out as PyTorch does."""
+    indices = np.arange(math.prod(shape)).reshape(shape)
+    return to_torch_layout(path, indices, flattened)
+
+
+def _lookup(positions: np.ndarray, index: tuple[int, ...] | int) -> int:
+    if isinstance(index, int):
+        if index < positions.size:
+            return int(positions.flat[index])
+    elif len(index) == positions.ndim and np.all(np.less(index, positions.shape)):
+        return int(positions[index])
+    raise ValueError(f"index {index} is outside the tensor's shape {positions.shape}")
+
+
+def _integer(text: str) -> int:
+    index = parse_index(text)
+    if not isinstance(index, int):
+        raise ValueError(f"{text!r} is not an integer")
+    return index
+
+
+def _counts(*texts: str) -> list[int]:
+    total, *outcomes = map(_integer, texts)
+    if total < 1:
+        raise ValueError(f"n_injections is {total}; allowed: integers >= 1")
+    if sum(outcomes) != total:
+        raise ValueError(f"masked, non_critical, critical {outcomes} do not add to {total}")
+    return [total, *outcomes]
+
+
+def _site_texts(
+    faults: FaultList, flat: bool, flattened: Mapping[str, int]
+) -> list[tuple[str, Any, int]]:
+    """(Layer, TensorIndex, Bit) of every fault."""
+    models = [FAULT_MODELS[code] for code in np.unique(faults.model)]
+    if len(models) > 1 or not set(models) <= set(BIT_MODELS):
+        allowed = ", ".join(BIT_MODELS)
+        raise ValueError(f"the CSV holds faults of one model of {allowed}, given {models}")
+    layers = [torch_name(path).removesuffix(".weight") for path in faults.paths]
+    indices: list[Any] = [None] * len(faults)
+    for number in np.unique(faults.leaf):
+        rows = np.flatnonzero(faults.leaf == number)
+        path, shape = faults.paths[number], faults.shapes[number]
+        there = to_torch_layout(path, np.empty(shape, bool), flattened).shape
+        places = np.arange(math.prod(shape)).reshape(there)
+        elements = from_torch_layout(path, places, flattened).ravel()[faults.element[rows]]
+        axes = [axis.tolist() for axis in np.unravel_index(elements, there)]
+        tuples = zip(*axes, strict=True)
+        for row, index in zip(rows, elements.tolist() if flat else tuples, strict=True):
+            indices[row] = index
+    sites = zip(faults.leaf.tolist(), indices, faults.bit.tolist(), strict=True)
+    return [(layers[leaf], index, bit) for leaf, index, bit in sites]

@@ -1,0 +1,273 @@
+"""Three engines behind one signature: `run(faults) -> Results` on every image.
+
+reference  inject, run the plain network, one fault at a time: the oracle for everything.
+vmap       the whole network vmapped over a batch of faulty parameters, golden as one lane.
+fast       columns, channel tail, packed suffix (jaxfi.plan says what runs where).
+
+All run batches of one size, padded, so that every operation keeps its shape: floating-point sums
+depend on it. See docs/engine.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfi.engine._compilation import compiled
+from jaxfi.engine._golden import Setup
+from jaxfi.engine._packing import Group, Packer
+from jaxfi.engine._plan import part_of_layer
+from jaxfi.engine._programs import Golden, Programs
+from jaxfi.engine._tally import Tally
+from jaxfi.faults._list import FaultList
+from jaxfi.faults._transforms import FAULT_MODELS, Fault, PyTree, inject
+from jaxfi.outcomes._outcomes import Results
+
+_NULL = FAULT_MODELS.index("null")
+
+
+Advance = Callable[[int], None]  # told how many (fault, image) pairs are done
+Engine = Callable[[FaultList, Advance], Results]
+
+
+def reference_engine(setup: Setup) -> Engine:
+    """Plain re-execution: for each fault, inject and run the network on every batch."""
+    network, injected = compiled(setup.apply_fn), compiled(inject)
+
+    def run(faults: FaultList, advance: Advance) -> Results:
+        tally = Tally(setup, len(faults))
+        _rerun(network, injected, setup, faults, np.arange(len(faults)), tally, advance)
+        return tally.results()
+
+    return run
+
+
+def vmap_engine(setup: Setup, lanes: int = 8) -> Engine:
+    """The whole network vmapped over `lanes` faults at once; the last lane is golden, a null fault.
+
+    A lane's sums may be ordered differently from the plain network's: each is judged against the
+    golden lane of its own program, so a null fault is always masked.
+    """
+
+    def network(params: PyTree, faults: Fault, batch: jax.Array) -> jax.Array:
+        return jax.vmap(lambda fault: setup.apply_fn(inject(params, fault), batch))(faults)
+
+    network = compiled(network)
+
+    def run(faults: FaultList, advance: Advance) -> Results:
+        tally = Tally(setup, len(faults))
+        for start in range(0, len(faults), lanes - 1):
+            rows = np.arange(start, min(start + lanes - 1, len(faults)))
+            group = faults[rows].padded(lanes).batch()
+            for number, batch in enumerate(setup.batches):
+                outputs = network(setup.params, group, batch)
+                for lane, row in enumerate(rows):
+                    tally.add_batch(row, number, outputs[lane], golden=outputs[-1])
+                advance(len(rows) * setup.images_in(number))
+        return tally.results()
+
+    return run
+
+
+def fast_engine(setup: Setup) -> Engine:
+    """Columns, channel tail and packed suffix; each leaf's programs are compiled once."""
+    programs: dict[int, Programs] = {}
+    shared: dict = {}
+
+    def run(faults: FaultList, advance: Advance) -> Results:
+        tally = Tally(setup, len(faults))
+        for leaf in np.unique(faults.leaf):
+            rows = np.flatnonzero(faults.leaf == leaf)
+            before = next((p for p in programs.values() if p.holds_golden), None)
+            is_new = leaf not in programs
+            if is_new:
+                programs[leaf] = Programs(setup.network, setup.plans[leaf], shared)
+            programs[leaf].take_over(setup, before)
+            if is_new:
+                programs[leaf] = _whole_if_inexact(programs[leaf], setup, faults[rows])
+            runner = _RUNNERS[programs[leaf].plan.method]
+            runner(setup, programs[leaf], faults[rows], rows, tally, advance)
+        return tally.results()
+
+    return run
+
+
+ENGINES: dict[str, Callable[[Setup], Engine]] = {
+    "fast": fast_engine,
+    "reference": reference_engine,
+    "vmap": vmap_engine,
+}
+
+
+def _run_unreached(setup, programs, faults, rows, tally, advance) -> None:
+    advance(len(faults) * setup.num_images)
+
+
+def _whole_if_inexact(programs: Programs, setup: Setup, faults: FaultList) -> Programs:
+    """The leaf's programs, or those that re-run the network if one golden batch shows that the
+    compiler rounds prefix, columns or suffix otherwise, in a way that `is_boundary` does not know.
+    """
+    plan = programs.plan
+    if plan.method == "unreached":
+        return programs
+    golden = programs.golden(setup, 0)
+    in_blocks = plan.own is not None or plan.ahead is not None
+    if in_blocks and np.isnan(setup.golden).any():
+        reason = "the golden outputs hold NaN, and which of two NaNs a sum keeps is open"
+    elif not _suffix_is_exact(programs, setup, golden):
+        reason = "cutting the network moves bits"
+    elif plan.method == "columns" and _columns_move_bits(programs, setup, golden, faults):
+        reason = "a channel's bits depend on its column"
+    else:
+        return programs
+    programs.forget()
+    whole = dataclasses.replace(plan, method="whole", reason=reason)
+    return Programs(programs.network, whole, programs.shared)
+
+
+def _suffix_is_exact(programs: Programs, setup: Setup, golden: Golden) -> bool:
+    rows = programs.golden_rows(golden)
+    outputs = np.asarray(programs.suffix(jax.tree.leaves(setup.params), rows, 0))
+    count = setup.images_in(0)
+    return outputs[:count].tobytes() == setup.golden[:count].tobytes()
+
+
+def _columns_move_bits(programs: Programs, setup: Setup, golden: Golden, faults: FaultList) -> bool:
+    """Whether null faults change a bit where a full group's columns hold any channels, repeated,
+    in order, so that most stand in another place than in the network."""
+    plan, leaves = programs.plan, jax.tree.leaves(setup.params)
+    shape = faults.shapes[plan.leaf]
+    place = [np.zeros(plan.num_columns, np.int64) for _ in shape]  # of one block
+    place[plan.axis] = np.random.default_rng(0).integers(0, shape[plan.axis], plan.num_columns)
+    nulls = faults.nulls(np.ravel_multi_index(place, shape))
+    _, group = next(_groups(nulls, np.arange(len(nulls)), programs, np.ones(len(nulls))))
+    faulty = programs.faulty_columns(leaves[plan.leaf], *group[2:])
+    changed, _ = programs.columns(leaves, golden, faulty, group.block, group.channel)
+    return bool(np.asarray(changed).any())
+
+
+def _run_whole(setup, programs, faults, rows, tally, advance) -> None:
+    """Plain re-execution of the whole network."""
+    network = programs.shared.setdefault("whole", compiled(setup.apply_fn))
+    injected = programs.shared.setdefault("inject", compiled(inject))
+    _rerun(network, injected, setup, faults, rows, tally, advance)
+
+
+def _rerun(network, injected, setup, faults, rows, tally, advance) -> None:
+    for row, position in enumerate(rows):
+        params = injected(setup.params, faults.fault(row))
+        for number, batch in enumerate(setup.batches):
+            tally.add_batch(position, number, network(params, batch))
+            advance(setup.images_in(number))
+
+
+def _run_slice(setup, programs, faults, rows, tally, advance) -> None:
+    """The suffix alone, one fault at a time."""
+    plan, leaves = programs.plan, jax.tree.leaves(setup.params)
+    for number in range(len(setup.batches)):
+        golden = programs.golden_rows(programs.golden(setup, number))
+        for row, fault in zip(rows, _each(faults), strict=True):
+            faulty = programs.faulty_leaf(leaves[plan.leaf], *fault)
+            swapped = [faulty if n == plan.leaf else x for n, x in enumerate(leaves)]
+            tally.add_batch(row, number, programs.suffix(swapped, golden, 0))
+            advance(setup.images_in(number))
+
+
+def _each(faults: FaultList) -> Iterator[tuple]:
+    batch = jax.tree.map(np.asarray, faults.batch())
+    return zip(batch.element, batch.keep, batch.flip, strict=True)
+
+
+def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
+    plan, leaves = programs.plan, jax.tree.leaves(setup.params)
+    packer = Packer(setup, programs, leaves, tally)
+    num_held = programs.batches_held(setup)
+    for first in range(0, len(setup.batches), num_held):
+        held = range(first, min(first + num_held, len(setup.batches)))
+        golden = [programs.golden(setup, number) for number in held]
+        visible = _visible(programs, setup, faults, golden)
+        for part, group in _groups(faults, rows, programs, visible.sum(axis=0)):
+            seen = visible[:, part].any(axis=1)
+            if seen.any():
+                faulty = programs.faulty_columns(leaves[plan.leaf], *group[2:])
+            for number, values, any_seen in zip(held, golden, seen, strict=True):
+                if any_seen:
+                    work = programs.columns(leaves, values, faulty, group.block, group.channel)
+                    packer.submit(group, number, values, *work)
+                advance(group.num_faults * setup.images_in(number))
+        packer.drain()
+    packer.flush()
+
+
+def _visible(
+    programs: Programs, setup: Setup, faults: FaultList, golden: list[Golden]
+) -> np.ndarray:
+    """Which faults may change anything in which batch, [batches, F] bool.
+
+    A fault is invisible if the input channel that its weight multiplies is zero throughout, and
+    the faulty weight has the golden one's sign and is far from infinite: the products are then the
+    same zeros, whatever the order of the sum. Null faults stay visible, to do their work.
+    """
+    plan, gate = programs.plan, programs.plan.gate
+    everything = np.ones((len(golden), len(faults)), bool)
+    dtype = jnp.dtype(faults.dtypes[plan.leaf])
+    if gate is None or not jnp.issubdtype(dtype, jnp.floating):
+        return everything
+    before, after = faults.values(setup.params)
+    tame = np.abs(np.stack([before, after])) < float(jnp.finfo(dtype).max) / 2
+    same = tame.all(axis=0) & (np.signbit(before) == np.signbit(after)) & (faults.model != _NULL)
+    place = np.unravel_index(faults.element, faults.shapes[plan.leaf])
+    lit = np.stack([np.asarray(programs.lit(values)) for values in golden])
+    return lit[:, place[gate.leaf_axis]] | ~same
+
+
+def _groups(
+    faults: FaultList, rows: np.ndarray, programs: Programs, visible: np.ndarray
+) -> Iterator[tuple[np.ndarray, Group]]:
+    """Faults that ride together, and where they stand in `faults`.
+
+    The invisible ride together; of the others those in one block of the leaf's own layer, which
+    must, and those with the same channel, whose pairs then fill the same batches of the suffix.
+    """
+    plan = programs.plan
+    channel = np.unravel_index(faults.element, faults.shapes[plan.leaf])[plan.axis]
+    block = part_of_layer(programs.network, [plan], faults)
+    order = np.lexsort((visible, channel, visible > 0, block))
+    ends = np.flatnonzero(np.diff(block[order])) + 1
+    for same_block in np.split(order, ends):
+        for start in range(0, len(same_block), plan.num_columns):
+            part = same_block[start : start + plan.num_columns]
+            yield part, _group(faults[part], rows[part], int(block[part[0]]), programs)
+
+
+def _group(faults: FaultList, rows: np.ndarray, block: int, programs: Programs) -> Group:
+    plan = programs.plan
+    size, padding = plan.num_columns, (0, plan.num_columns - len(faults))
+    batch = jax.tree.map(np.asarray, faults.padded(size).batch())
+    shape = list(faults.shapes[plan.leaf])
+    place = list(np.unravel_index(batch.element, shape))
+    channel, place[plan.axis] = place[plan.axis].astype(np.int32), np.arange(size)
+    if programs.own is not None:
+        axis = programs.own.weight_axis
+        place[axis], shape[axis] = programs.own.place(place[axis])[1], programs.own.length
+    return Group(
+        rows=np.pad(rows, padding, constant_values=-1),
+        null=np.pad(faults.model == _NULL, padding),
+        block=block,
+        channel=channel,
+        element=np.ravel_multi_index(place, shape).astype(np.int32),
+        keep=batch.keep,
+        flip=batch.flip,
+    )
+
+
+_RUNNERS = {
+    "columns": _run_columns,
+    "slice": _run_slice,
+    "whole": _run_whole,
+    "unreached": _run_unreached,
+}

@@ -1,0 +1,348 @@
+"""A list of faults as a table on the host: made from sites or CSV, checked, sliced, and batched."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfi.data._files import write_whole
+from jaxfi.faults._sites import CSV_COLUMNS, checked_model, csv_sites, parse_sites
+from jaxfi.faults._transforms import (
+    BIT_MODELS,
+    FAULT_MODELS,
+    Fault,
+    PyTree,
+    describe_leaves,
+    described_leaves,
+    word_bits,
+    word_dtype,
+)
+
+_COLUMNS = ("leaf", "element", "bit", "model", "value")
+_COLUMN_TYPES = (np.int32, np.int64, np.int16, np.uint8, np.float64)
+
+
+class Stratum(NamedTuple):
+    """Fault sites that a list is drawn from: each element of a leaf, with each bit and model.
+
+    Attributes:
+      leaf: position in `FaultList.paths`.
+      bits: bit positions; (-1,) where the model has no bit.
+      num_models: 2 where both polarities of stuck-at are drawn, else 1.
+    """
+
+    leaf: int
+    bits: tuple[int, ...]
+    num_models: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FaultList:
+    """An ordered list of F faults in the leaves of one parameter tree (NumPy, on the host).
+
+    Attributes:
+      paths, shapes, dtypes: name, shape and dtype name of every leaf, in tree order.
+      leaf: [F] int32, position in `paths`.
+      element: [F] int64, flat index in the leaf, C order.
+      bit: [F] int16, 0 is the least significant bit; -1 where the model has no bit.
+      model: [F] uint8, position in `FAULT_MODELS`.
+      value: [F] float64, the value written by the model "value"; NaN elsewhere.
+      drawn_from: what the list is a sample or the whole of; None where that is not known: a list
+        of given sites or from a file, or a part of a list. Not compared by `==`.
+    """
+
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    leaf: np.ndarray
+    element: np.ndarray
+    bit: np.ndarray
+    model: np.ndarray
+    value: np.ndarray
+    drawn_from: tuple[Stratum, ...] | None = dataclasses.field(default=None, kw_only=True)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        params: PyTree,
+        leaf: Any,
+        element: Any,
+        bit: Any,
+        model: Any,
+        value: Any = np.nan,
+        drawn_from: tuple[Stratum, ...] | None = None,
+    ) -> FaultList:
+        """A list from arrays that broadcast to [F]; `model` is a name or codes. Not validated."""
+        if isinstance(model, str):
+            model = FAULT_MODELS.index(checked_model(model))
+        columns = np.broadcast_arrays(leaf, element, bit, model, value)
+        typed = zip(columns, _COLUMN_TYPES, strict=True)
+        arrays = [np.array(column, dtype).reshape(-1) for column, dtype in typed]
+        return cls(*describe_leaves(params), *arrays, drawn_from=drawn_from)
+
+    @classmethod
+    def from_sites(
+        cls,
+        sites: Iterable[tuple[str, int | Sequence[int], int | None]],
+        params: PyTree,
+        *,
+        model: str = "bit-flip",
+        value: float | None = None,
+    ) -> FaultList:
+        """A list from `(path, index, bit)`: index a tuple or a flat int, bit None for whole words.
+
+        `value` is what the model "value" writes, rounded to the leaf's dtype. Raises ValueError
+        naming the first fault that does not fit `params`.
+        """
+        checked_model(model)
+        rows = ((*site, model, value) for site in sites)
+        return cls.from_arrays(params, *parse_sites(rows, params))
+
+    def __len__(self) -> int:
+        return len(self.leaf)
+
+    def __getitem__(self, rows: Any) -> FaultList:
+        """The faults at `rows`, a list again: a slice, a mask, an integer array or one integer."""
+        columns: dict[str, Any] = {
+            name: np.atleast_1d(getattr(self, name)[rows]) for name in _COLUMNS
+        }
+        return dataclasses.replace(self, drawn_from=None, **columns)
+
+    def __add__(self, other: FaultList) -> FaultList:
+        """Both lists, of the same parameters, one after the other; ValueError for others."""
+        if self._leaves() != other._leaves():
+            raise ValueError("the fault lists are for different parameters: allowed are the same")
+        columns = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS}
+        return dataclasses.replace(self, drawn_from=None, **columns)
+
+    def nulls(self, elements: np.ndarray) -> FaultList:
+        """Faults that change nothing, at these elements of the first fault's leaf."""
+        row = self[np.zeros(len(elements), np.int64)]
+        code = np.full(len(elements), FAULT_MODELS.index("null"), np.uint8)
+        none = {"bit": np.full_like(row.bit, -1), "value": np.full_like(row.value, np.nan)}
+        return dataclasses.replace(row, element=elements.astype(np.int64), model=code, **none)
+
+    def padded(self, length: int) -> FaultList:
+        """The list, made `length` long with null faults."""
+        return self + self.nulls(np.zeros(length - len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FaultList):
+            return NotImplemented
+        same_leaves = self._leaves() == other._leaves()
+        return same_leaves and all(
+            np.array_equal(getattr(self, c), getattr(other, c), equal_nan=c == "value")
+            for c in _COLUMNS
+        )
+
+    @property
+    def population(self) -> int:
+        """Possible faults that the list is a sample or the whole of; see `population_of`."""
+        return self.population_of()
+
+    def population_of(
+        self, leaves: Sequence[int] | np.ndarray | None = None, bit: int | None = None
+    ) -> int:
+        """Possible faults in these leaves (None: all) and of this bit position (None: any).
+
+        They are the sites in `drawn_from`. Where that is not known they are all single faults of
+        the parameters, elements x word bits x 2 transitions: no fewer, so that an interval is
+        rather too wide than too narrow.
+        """
+        strata = self.drawn_from
+        if strata is None:
+            widths = [word_bits(dtype) for dtype in self.dtypes]
+            strata = tuple(Stratum(n, tuple(range(w)), 2) for n, w in enumerate(widths))
+        return sum(
+            int(np.prod(self.shapes[leaf], dtype=object)) * num_models
+            for leaf, bits, num_models in strata
+            if leaves is None or leaf in leaves
+            for site_bit in bits
+            if bit is None or site_bit == bit
+        )
+
+    def _leaves(self) -> tuple:
+        return self.paths, self.shapes, self.dtypes
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """`keep` and `flip` of every fault, [F] uint64, in the low bits of the leaf's width."""
+        width = np.array([word_bits(d) for d in self.dtypes], np.uint64)[self.leaf]
+        ones = np.uint64(2**64 - 1) >> (np.uint64(64) - width)
+        bit = np.uint64(1) << np.maximum(self.bit, 0).astype(np.uint64)
+        name = np.array(FAULT_MODELS)[self.model]
+        keep = np.where(name == "bit-flip", ones, ones & ~bit)
+        keep = np.where(name == "null", ones, keep)
+        keep = np.where(np.isin(name, ("zero", "value")), np.uint64(0), keep)
+        flip = np.where(np.isin(name, ("bit-flip", "stuck-at-1")), bit, np.uint64(0))
+        for number in np.unique(self.leaf[name == "value"]):
+            rows = (name == "value") & (self.leaf == number)
+            dtype = jnp.dtype(self.dtypes[number])
+            with np.errstate(over="ignore"):
+                flip[rows] = self.value[rows].astype(dtype).view(word_dtype(dtype))
+        return keep, flip
+
+    def batch(self) -> Fault:
+        """All faults as one `Fault` of [F] arrays, to vmap `inject` over.
+
+        Raises OverflowError for a leaf of 2**31 elements or more; else as `check_width`.
+        """
+        self.check_width()
+        if len(self) and self.element.max() >= 2**31 - 1:
+            raise OverflowError("leaves of 2**31 elements or more are not supported")
+        word = np.uint64 if 64 in map(word_bits, self.dtypes) else np.uint32
+        keep, flip = (mask.astype(word) for mask in self.masks())
+        return Fault(*map(jnp.asarray, (self.leaf, self.element.astype(np.int32), keep, flip)))
+
+    def fault(self, row: int) -> Fault:
+        """The fault in `row`, as scalars for `inject`."""
+        return jax.tree.map(lambda x: x[0], self[np.array([row])].batch())
+
+    def words(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        """The stored words before and after each fault, two [F] uint64 arrays."""
+        self.validate(params)
+        before = np.zeros(len(self), np.uint64)
+        leaves = jax.tree.leaves(params)
+        for number in np.unique(self.leaf):
+            rows = self.leaf == number
+            stored = np.asarray(leaves[number]).reshape(-1)
+            before[rows] = stored[self.element[rows]].view(word_dtype(stored.dtype))
+        keep, flip = self.masks()
+        return before, (before & keep) ^ flip
+
+    def activated(self, params: PyTree) -> np.ndarray:
+        """[F] bool: the fault changes the stored word. A stuck-at fault often does not."""
+        before, after = self.words(params)
+        return before != after
+
+    def values(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        """The parameter's value before and after each fault, two [F] float64 arrays.
+
+        Exact, but for 64-bit integers beyond 2**53.
+        """
+        numbers = []
+        for words in self.words(params):
+            number = np.zeros(len(self), np.float64)
+            for leaf in np.unique(self.leaf):
+                rows = self.leaf == leaf
+                dtype = jnp.dtype(self.dtypes[leaf])
+                stored = words[rows].astype(word_dtype(dtype)).view(dtype)
+                with np.errstate(invalid="ignore"):  # a fault can make a signalling NaN
+                    number[rows] = stored.astype(np.float64)
+            numbers.append(number)
+        return numbers[0], numbers[1]
+
+    def validate(self, params: PyTree) -> None:
+        """Raises ValueError, naming path, shape and dtype, if the list is for other parameters."""
+        here = described_leaves(params)
+        for path, shape, dtype in zip(*self._leaves(), strict=True):
+            if here.get(path) != (shape, dtype):
+                found = "no such leaf" if path not in here else "{1} {0}".format(*here[path])
+                raise ValueError(
+                    f"the fault list is for other parameters: it has {path} {dtype} {shape}, "
+                    f"the parameters have {found}"
+                )
+        if len(here) != len(self.paths):
+            extra = sorted(set(here) - set(self.paths))
+            raise ValueError(f"the fault list is for other parameters: it lacks leaf {extra[0]}")
+        if tuple(here) != self.paths:
+            raise ValueError(
+                "the fault list is for other parameters: it has the leaves in the order "
+                f"{', '.join(self.paths)}, the parameters have {', '.join(here)}"
+            )
+
+    def indices(self) -> list[tuple[int, ...]]:
+        """The index of each fault's element in its leaf, F tuples."""
+        found: list[tuple[int, ...]] = [()] * len(self)
+        for leaf in np.unique(self.leaf):
+            rows = np.flatnonzero(self.leaf == leaf)
+            index = np.unravel_index(self.element[rows], self.shapes[leaf] or (1,))
+            for row, where in zip(rows, np.stack(index, axis=1).tolist(), strict=True):
+                found[row] = tuple(where) if self.shapes[leaf] else ()
+        return found
+
+    def check_width(self) -> None:
+        """Raises ValueError for a leaf of 64-bit words where JAX would cut them to 32 bits."""
+        for path, dtype in zip(self.paths, self.dtypes, strict=True):
+            if word_bits(dtype) == 64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"leaf {path} is {dtype}, which JAX cuts to 32 bits: "
+                    "set jax_enable_x64, or cast it before drawing faults"
+                )
+
+    def check_injectable(self, params: PyTree) -> None:
+        """All that can be known before a campaign on `params` starts.
+
+        Raises ValueError for an empty list; else as `validate`, `check` and `check_width`.
+        """
+        if not len(self):
+            raise ValueError("the fault list is empty: allowed is one fault or more")
+        self.validate(params)
+        self.check()
+        self.check_width()
+
+    def check(self) -> None:
+        """Raises ValueError if a fault is outside its leaf or word: for lists from strangers."""
+        for name, dtype in zip(_COLUMNS, _COLUMN_TYPES, strict=True):
+            column = getattr(self, name)
+            if column.dtype != dtype or column.shape != (len(self),):
+                raise ValueError(f"column {name} is {column.dtype} {column.shape}")
+        if not len(self.paths) == len(self.shapes) == len(self.dtypes):
+            raise ValueError("it has other numbers of paths, shapes and dtypes")
+        sizes = np.array([int(np.prod(shape, dtype=object)) for shape in self.shapes], np.int64)
+        widths = np.array([word_bits(dtype) for dtype in self.dtypes], np.int64)
+        if not ((self.leaf >= 0) & (self.leaf < len(self.paths))).all():
+            raise ValueError("a fault is in no leaf")
+        if not ((self.element >= 0) & (self.element < sizes[self.leaf])).all():
+            raise ValueError("a fault's element is outside its leaf")
+        if not (self.model < len(FAULT_MODELS)).all():
+            raise ValueError("a fault has an unknown model")
+        has_bit = self.model < len(BIT_MODELS)
+        inside = (self.bit >= 0) & (self.bit < widths[self.leaf])
+        if not np.where(has_bit, inside, self.bit == -1).all():
+            raise ValueError("a fault's bit is outside its word")
+        for stratum in self.drawn_from or ():
+            if not 0 <= stratum.leaf < len(self.paths) or stratum.num_models not in (1, 2):
+                raise ValueError(f"it cannot be drawn from {stratum}")
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Writes one row a fault: path, index, bit, model, value, the leaf's shape and dtype.
+
+        The file is whole or as it was before. Raises OSError naming it.
+        """
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(CSV_COLUMNS)
+        columns = (getattr(self, name).tolist() for name in ("leaf", "bit", "model", "value"))
+        for index, leaf, bit, model, value in zip(self.indices(), *columns, strict=True):
+            name = FAULT_MODELS[model]
+            bit_text = bit if name in BIT_MODELS else ""
+            value_text = repr(value) if name == "value" else ""
+            described = (bit_text, name, value_text, self.shapes[leaf], self.dtypes[leaf])
+            writer.writerow((self.paths[leaf], index, *described))
+        write_whole(Path(path), text.getvalue().encode(), os.getpid())
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike, params: PyTree) -> FaultList:
+        """Reads what `to_csv` wrote. Raises ValueError naming the first fault that does not fit."""
+        # Bytes that are not UTF-8 become surrogates, which no field allows: the row is named.
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.reader(file, strict=True)
+            try:
+                header = tuple(next(reader, ()))
+                if header != CSV_COLUMNS:
+                    raise ValueError(f"columns are {header!r}, not {CSV_COLUMNS}")
+                rows = csv_sites(reader, described_leaves(params))
+                return cls.from_arrays(params, *parse_sites(rows, params))
+            except csv.Error as error:
+                raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None

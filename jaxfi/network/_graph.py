@@ -1,0 +1,314 @@
+"""The network as a flat list of equations, and the part of it that a computation needs.
+
+`trace_network` turns `apply_fn(params, images)` into one flat jaxpr, with every inner call inlined,
+and `evaluate` runs what a wanted value depends on, starting from whatever values are given. Prefix
+and suffix of a leaf are both calls of `evaluate`.
+
+Where a network may be cut without moving a bit
+-----------------------------------------------
+A compiler fuses a chain of elementwise operations, and inside one fusion contracts `a * b + c` to
+one rounding (FMA). Cut between the `*` and the `+`, and the last bits change (seen on a CPU: in
+69 % of the outputs of conv, BatchNorm, ReLU, conv). So a value may be stored between two programs
+only where the whole program stores it or rounds it the same: `is_boundary` says where. Everything
+else is computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from jaxfi.faults._transforms import PyTree, leaf_paths
+from jaxfi.network._blocks import Blocks, blocked_dot, find_blocks, layer_dot, sum_length
+
+Array = jax.Array
+ApplyFn = Callable[[PyTree, Array], Array]
+Value = core.Var | core.Literal
+UNKNOWN = -1  # depends on the images, but no axis is known to be theirs
+COUPLED = -2  # depends on the images, and no axis can be theirs: it mixes a batch's images
+
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call",
+          "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}  # fmt: skip
+# A product may be contracted with the sum that consumes it; the rest of a chain rounds by itself.
+_PRODUCTS = {"mul", "div", "integer_pow", "square", "neg"}
+_SUMS = {"add", "sub", "add_any"}
+# These move values and round nothing: a product seen through them is still a product.
+_MOVES = {"broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "pad", "concatenate",
+          "convert_element_type", "copy", "copy_p", "expand_dims", "rev", "split"}  # fmt: skip
+# The order of these sums may depend on what is fused into them.
+_REDUCTIONS = {"reduce_sum", "reduce_prod", "cumsum", "reduce_window_sum", "argmax", "argmin",
+               "reduce_precision"}  # fmt: skip
+# The results of these are always stored, and nothing is fused into them.
+_STORED = {"conv_general_dilated", "dot_general"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A traced network.
+
+    Attributes:
+      equations: all that the output depends on, in order, inner calls inlined.
+      leaves: the parameters, in `jax.tree.flatten` order; `paths` names them.
+      image: the image batch, [batch, ...].
+      output: [batch, classes].
+      given: values of the remaining variables (what `apply_fn` closes over).
+      batch_axis: per variable: the images' axis, None for none, `UNKNOWN` or `COUPLED`.
+      producers, consumers: the equation that computes a variable; those that read it.
+      blocks: the results of layers that are summed in blocks, and how.
+    """
+
+    equations: tuple[core.JaxprEqn, ...]
+    leaves: tuple[core.Var, ...]
+    paths: tuple[str, ...]
+    image: core.Var
+    output: Value
+    given: Mapping[core.Var, Array]
+    batch_axis: Mapping[core.Var, int | None]
+    producers: Mapping[core.Var, core.JaxprEqn]
+    consumers: Mapping[core.Var, tuple[core.JaxprEqn, ...]]
+    blocks: Mapping[core.Var, Blocks]
+
+
+def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> Network:
+    """Traces `apply_fn(params, images)`.
+
+    Args:
+      apply_fn: pure; maps images [batch, ...] to outputs [batch, classes].
+      params: the parameter tree (arrays, or their shapes).
+      images: shape and dtype of one batch.
+
+    Raises ValueError if the output is not [batch, classes] of a float dtype.
+    """
+    jaxpr, closed_over = _flat_jaxpr(apply_fn, params, images)
+    _check_output(jaxpr, images.shape[0])
+    num_leaves = len(jax.tree.leaves(params))
+    leaves, image = tuple(jaxpr.invars[:num_leaves]), jaxpr.invars[num_leaves]
+    equations = _needed(jaxpr.eqns, jaxpr.outvars)
+    consumers: dict[core.Var, list[core.JaxprEqn]] = {}
+    for equation in equations:
+        for var in variables(equation.invars):
+            consumers.setdefault(var, []).append(equation)
+    batch_axis = _batch_axes(apply_fn, params, images, jaxpr)
+    return Network(
+        equations=equations,
+        leaves=leaves,
+        paths=leaf_paths(params),
+        image=image,
+        output=jaxpr.outvars[0],
+        given=dict(zip(jaxpr.constvars, closed_over, strict=True)),
+        batch_axis=batch_axis,
+        producers={var: equation for equation in equations for var in equation.outvars},
+        consumers={var: tuple(equations) for var, equations in consumers.items()},
+        blocks=find_blocks(equations, batch_axis),
+    )
+
+
+def digest(network: Network) -> str:
+    """SHA-256 of what the network computes: operations, shapes, settings, constants, blocks."""
+    hashed = hashlib.sha256()
+    for equation in network.equations:
+        plain = {
+            k: v for k, v in equation.params.items() if isinstance(v, (int, float, str, tuple))
+        }
+        operands = [
+            str(v.val) if isinstance(v, core.Literal) else v.aval.str_short()
+            for v in equation.invars
+        ]
+        hashed.update(repr((equation.primitive.name, sorted(plain), operands)).encode())
+        hashed.update(re.sub("0x[0-9a-f]+", "", repr(sorted(plain.items()))).encode())
+    for value in network.given.values():
+        hashed.update(np.asarray(value).tobytes())
+    hashed.update(repr(list(network.blocks.values())).encode())
+    return hashed.hexdigest()
+
+
+def variables(values: Iterable[Value]) -> list[core.Var]:
+    """The variables among an equation's operands, without the literals."""
+    return [value for value in values if not isinstance(value, core.Literal)]
+
+
+def evaluate(network: Network, wanted: Iterable[Value], known: Mapping[core.Var, Array]) -> list:
+    """The wanted values, computed from the known ones: only what is needed between them.
+
+    Raises KeyError if a wanted value depends on an input that is not known.
+    """
+    env = {**network.given, **known}
+    wanted = list(wanted)
+    for equation in _needed(network.equations, wanted, set(env)):
+        operands = [read(env, value) for value in equation.invars]
+        results = bind(equation, operands, network.blocks)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [read(env, value) for value in wanted]
+
+
+def read(env: Mapping[core.Var, Array], value: Value) -> Any:
+    """The value of an operand: a literal's own, or the variable's in `env`."""
+    return value.val if isinstance(value, core.Literal) else env[value]
+
+
+def bind(
+    equation: core.JaxprEqn, operands: list, blocks: Mapping[core.Var, Blocks] | None = None
+) -> list:
+    """Runs one equation on other operands of the same shapes."""
+    if blocks and equation.outvars[0] in blocks:
+        how = blocks[equation.outvars[0]]
+        x, weights = operands
+        return [blocked_dot(x, weights, how, layer_dot(equation))]
+    params = equation.primitive.get_bind_params(equation.params)
+    with equation.ctx.manager:
+        results = equation.primitive.bind(*operands, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
+
+
+def reached_from(network: Network, source: core.Var) -> set[core.Var]:
+    """Every variable that depends on `source`, itself included."""
+    reached = {source}
+    for equation in network.equations:
+        if reached.intersection(variables(equation.invars)):
+            reached.update(equation.outvars)
+    return reached
+
+
+def is_boundary(network: Network, var: core.Var) -> bool:
+    """Whether `var` may be stored between two programs without moving a bit of either.
+
+    An input and the result of a convolution or matmul always may. Any other value may, unless it is
+    a product that a sum consumes (they may be contracted), or a reduction consumes it.
+    """
+    producer = network.producers.get(var)
+    if producer is None or producer.primitive.name in _STORED:
+        return True
+    readers = _through_moves(var, network, forward=True)
+    if readers & _REDUCTIONS:
+        return False
+    return not (_through_moves(var, network, forward=False) & _PRODUCTS and readers & _SUMS)
+
+
+def arithmetic(equations: Iterable[core.JaxprEqn]) -> int:
+    """Floating-point operations of the convolutions and matmuls among `equations`."""
+    return sum(_operations(equation) for equation in equations)
+
+
+def needed_equations(
+    network: Network, wanted: Iterable[Value], known: Iterable[core.Var]
+) -> tuple[core.JaxprEqn, ...]:
+    """The equations that `evaluate` would run."""
+    return _needed(network.equations, wanted, set(known) | set(network.given))
+
+
+def _operations(equation: core.JaxprEqn) -> int:
+    if equation.primitive.name in _STORED:
+        return 2 * sum_length(equation) * int(np.prod(equation.outvars[0].aval.shape))
+    return sum(
+        _operations(inner) * int(equation.params.get("length", 1))
+        for jaxpr in core.jaxprs_in_params(equation.params)
+        for inner in jaxpr.eqns
+    )
+
+
+def _through_moves(var: core.Var, network: Network, forward: bool) -> set[str]:
+    """Names of the operations that produce (or consume) `var`, looking through moves."""
+    if forward:
+        equations: Iterable[core.JaxprEqn] = network.consumers.get(var, ())
+    else:
+        equations = [network.producers[var]] if var in network.producers else []
+    names: set[str] = set()
+    for equation in equations:
+        names.add(equation.primitive.name)
+        if equation.primitive.name in _MOVES:
+            for other in equation.outvars if forward else variables(equation.invars):
+                names |= _through_moves(other, network, forward)
+    return names
+
+
+def _needed(
+    equations: Iterable[core.JaxprEqn], wanted: Iterable[Value], known: Iterable[core.Var] = ()
+) -> tuple[core.JaxprEqn, ...]:
+    known, needed = set(known), set(variables(wanted))
+    kept = []
+    for equation in reversed(tuple(equations)):
+        if (needed - known).intersection(equation.outvars):
+            kept.append(equation)
+            needed.update(variables(equation.invars))
+    return tuple(reversed(kept))
+
+
+def _flat_jaxpr(
+    apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct
+) -> tuple[core.Jaxpr, list]:
+    nested = jax.make_jaxpr(apply_fn)(params, images)
+    flat = jax.make_jaxpr(lambda *inputs: _run_inlined(nested.jaxpr, nested.consts, inputs))(
+        *[var.aval for var in nested.jaxpr.invars]
+    )
+    return flat.jaxpr, flat.consts
+
+
+def _run_inlined(jaxpr: core.Jaxpr, consts: Iterable, inputs: Iterable) -> list:
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    for equation in jaxpr.eqns:
+        operands = [read(env, value) for value in equation.invars]
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        if equation.primitive.name in _CALLS and inner is not None:
+            body = inner.jaxpr if hasattr(inner, "jaxpr") else inner
+            results = _run_inlined(body, getattr(inner, "consts", ()), operands)
+        else:
+            results = bind(equation, operands)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [read(env, value) for value in jaxpr.outvars]
+
+
+def _check_output(jaxpr: core.Jaxpr, batch: int) -> None:
+    found = [var.aval.str_short() for var in jaxpr.outvars]
+    shape = jaxpr.outvars[0].aval.shape if len(found) == 1 else ()
+    floating = len(found) == 1 and jax.numpy.issubdtype(jaxpr.outvars[0].aval.dtype, np.floating)
+    if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or not floating:
+        raise ValueError(
+            f"apply_fn returned {', '.join(found) or 'nothing'} for a batch of {batch} images: "
+            "allowed is one float array [batch, classes]"
+        )
+
+
+def _batch_axes(
+    apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct, jaxpr: core.Jaxpr
+) -> dict[core.Var, int | None]:
+    """Finds the images' axis of every value by tracing once more at another batch size.
+
+    It is the axis whose length follows the batch. This needs no rule for any primitive.
+    """
+    batch = images.shape[0]
+    other_images = jax.ShapeDtypeStruct((batch + 1, *images.shape[1:]), images.dtype)
+    try:
+        other = _flat_jaxpr(apply_fn, params, other_images)[0].eqns
+    except Exception:  # the user's function may refuse any other batch size, in any way
+        other = []
+    same = [e.primitive.name for e in other] == [e.primitive.name for e in jaxpr.eqns]
+    image = jaxpr.invars[-1]
+    axes: dict[core.Var, int | None] = dict.fromkeys((*jaxpr.constvars, *jaxpr.invars))
+    axes[image] = 0
+    for position, equation in enumerate(jaxpr.eqns):
+        depends = any(axes.get(var) is not None for var in variables(equation.invars))
+        for number, var in enumerate(equation.outvars):
+            found = UNKNOWN
+            if same:
+                shape = other[position].outvars[number].aval.shape
+                found = _changed_axis(var.aval.shape, shape, batch)
+            axes[var] = found if depends else None
+    return axes
+
+
+def _changed_axis(shape: tuple[int, ...], other: tuple[int, ...], batch: int) -> int:
+    if len(shape) != len(other):
+        return UNKNOWN
+    moved = [axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+    if not moved:
+        return COUPLED
+    if len(moved) == 1 and (shape[moved[0]], other[moved[0]]) == (batch, batch + 1):
+        return moved[0]
+    return UNKNOWN

@@ -1,0 +1,268 @@
+"""What a fault did to the output, and how often, with confidence intervals.
+
+Outcome of one (fault, image) on the network's output vector: 0 masked, bit-identical to golden;
+1 non-critical, differs with the same argmax; 2 critical (SDC-1), argmax differs. A faulty output
+that holds NaN or Inf is a DUE as well, counted beside the three.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfi.faults._transforms import to_words
+
+MASKED, NON_CRITICAL, CRITICAL = 0, 1, 2
+NAN_POLICIES = ("critical", "argmax")
+
+
+class Estimate(NamedTuple):
+    """A rate and its confidence interval (99 % where t is 2.58, the default), fractions."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Rates(NamedTuple):
+    """The rates of a campaign over all its (fault, image) pairs.
+
+    Attributes:
+      masked, non_critical, critical: the outcomes, which add up to 1.
+      due: outputs with NaN or Inf, whatever the outcome.
+      faulty_accuracy: predictions that are the label.
+    """
+
+    masked: Estimate
+    non_critical: Estimate
+    critical: Estimate
+    due: Estimate
+    faulty_accuracy: Estimate
+
+
+class Results(NamedTuple):
+    """What came of F faults on N images.
+
+    Attributes:
+      outcomes: [F, N] uint8, 0 masked, 1 non-critical, 2 critical.
+      due: [F, N] bool, the faulty output holds NaN or Inf.
+      correct: [F] int32, images whose faulty prediction is the label.
+    """
+
+    outcomes: np.ndarray
+    due: np.ndarray
+    correct: np.ndarray
+
+
+class Verdict(NamedTuple):
+    """What came of faulty outputs, arrays shaped like the batch.
+
+    Attributes:
+      outcome: uint8, `MASKED`, `NON_CRITICAL` or `CRITICAL`.
+      due: bool, the faulty output holds NaN or Inf.
+      correct: bool, the faulty prediction is the label.
+    """
+
+    outcome: jax.Array
+    due: jax.Array
+    correct: jax.Array
+
+
+def checked_nan_policy(nan: str) -> str:
+    """`nan` if it is a policy for NaN outputs; ValueError, listing those allowed, if not."""
+    if nan not in NAN_POLICIES:
+        raise ValueError(f"unknown nan policy {nan!r}: allowed are {', '.join(NAN_POLICIES)}")
+    return nan
+
+
+@functools.partial(jax.jit, static_argnames="nan")
+def judge(golden: jax.Array, faulty: jax.Array, labels: jax.Array, nan: str) -> Verdict:
+    """Classifies faulty outputs against golden ones. Pure, and compiled.
+
+    Args:
+      golden, faulty: [..., N, classes], equal float dtypes; they broadcast.
+      labels: [..., N] integers; they broadcast too.
+      nan: "critical" calls a changed output with a NaN critical and its prediction wrong;
+        "argmax" takes it as argmax does (first NaN, so class 0 when all are), as published tools.
+    """
+    if golden.dtype != faulty.dtype:
+        raise TypeError(f"golden outputs are {golden.dtype}, faulty ones {faulty.dtype}")
+    if not jnp.issubdtype(golden.dtype, jnp.floating):
+        raise TypeError(f"outputs are {golden.dtype}: allowed are floats")
+    golden, faulty = jnp.broadcast_arrays(golden, faulty)
+    same_bits = jnp.all(to_words(golden) == to_words(faulty), axis=-1)
+    prediction = jnp.argmax(faulty, axis=-1)
+    wrong = prediction != jnp.argmax(golden, axis=-1)
+    correct = prediction == jnp.broadcast_to(labels, prediction.shape)
+    if nan == "critical":
+        any_nan = jnp.any(jnp.isnan(faulty), axis=-1)
+        wrong, correct = wrong | any_nan, correct & ~any_nan
+    changed = jnp.where(wrong, CRITICAL, NON_CRITICAL)
+    outcome = jnp.where(same_bits, MASKED, changed).astype(jnp.uint8)
+    return Verdict(outcome, ~jnp.all(jnp.isfinite(faulty), axis=-1), correct)
+
+
+def classify(
+    golden: jax.Array | np.ndarray, faulty: jax.Array | np.ndarray, nan: str = "critical"
+) -> tuple[jax.Array, jax.Array]:
+    """Outcome and DUE of each faulty output, in the outputs' own precision.
+
+    Args:
+      golden, faulty: [..., N, classes], equal float dtypes; they broadcast.
+      nan: "critical" counts a changed output with a NaN as critical; "argmax" goes by the argmax.
+
+    Returns:
+      outcome [..., N] uint8 (0 masked, 1 non-critical, 2 critical) and due [..., N] bool.
+
+    Raises TypeError for other dtypes, ValueError for another `nan`.
+
+    >>> outcome, due = classify(jnp.array([[1.0, 2.0]]), jnp.array([[1.5, 2.0]]))
+    >>> int(outcome[0]), bool(due[0])
+    (1, False)
+    """
+    with _own_precision(golden, faulty):
+        verdict = judge(golden, faulty, jnp.zeros((), jnp.int32), checked_nan_policy(nan))
+    return verdict.outcome, verdict.due
+
+
+def accuracy(outputs: np.ndarray, labels: np.ndarray, nan: str) -> float:
+    """Share of outputs [N, classes] that predict their label; `nan` as in `judge`."""
+    with _own_precision(outputs):
+        return float(np.mean(np.asarray(judge(outputs, outputs, labels, nan).correct)))
+
+
+def _own_precision(*outputs: Any) -> contextlib.AbstractContextManager:
+    """NumPy's float64 reaches JAX whole, which would cut it to float32 by default."""
+    wide = any(isinstance(array, np.ndarray) and array.dtype == np.float64 for array in outputs)
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def shares(outcomes: np.ndarray, outcome: int) -> np.ndarray:
+    """Share of each fault's images with this outcome, [F] float64."""
+    return np.mean(outcomes == outcome, axis=1)
+
+
+def estimate_rate(
+    per_fault: np.ndarray, num_images: int, population: int, t: float = 2.58
+) -> Estimate:
+    """Mean of per-fault shares, with an interval that takes each fault as one cluster.
+
+    The images of one fault are not independent, so the interval is Wilson's at an effective
+    sample size (Franco et al., J. Surv. Stat. Methodol. 2019): F / D / (1 - F/N), where D is the
+    variance between faults over that of independent faults that do all or nothing, p(1-p), and
+    1 - F/N corrects for the finite population. Where hardly any fault did anything its variance
+    cannot be seen, so D counts t^2/2 faults more that did all and as many that did nothing, which
+    is what Wilson's own centre adds. So no rate has an interval of no width; at 0 and 1 it is that
+    of F independent trials, and it goes on from there without a jump as pairs are added.
+
+    Args:
+      per_fault: [F] shares in [0, 1].
+      num_images: images per fault; caps the effective sample size at all pairs.
+      population: N, possible faults; of a census, F = N, the interval has no width.
+      t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+
+    Raises ValueError for no faults or no images.
+    """
+    num_faults = len(per_fault)
+    if num_faults == 0 or num_images == 0:
+        raise ValueError(f"no rate of {num_faults} faults x {num_images} images: both must be > 0")
+    mean = float(np.mean(per_fault))
+    correction = max(1 - num_faults / population, 0.0)
+    if correction == 0:
+        return Estimate(mean, mean, mean)
+    size = num_faults / min(max(_design_effect(per_fault, t), 1 / num_images), 1.0) / correction
+    center = (mean + t**2 / (2 * size)) / (1 + t**2 / size)
+    spread = mean * (1 - mean)
+    half = t * math.sqrt(spread / size + t**2 / (4 * size**2)) / (1 + t**2 / size)
+    return Estimate(mean, min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean))
+
+
+def _design_effect(per_fault: np.ndarray, t: float) -> float:
+    """D of `estimate_rate`: 1 where each fault does all or nothing, less where they are alike."""
+    all_or_nothing = t**2 / 2
+    num_faults = len(per_fault) + 2 * all_or_nothing
+    mean = (float(np.sum(per_fault)) + all_or_nothing) / num_faults
+    variance = (float(np.sum(np.square(per_fault))) + all_or_nothing) / num_faults - mean**2
+    return variance / (mean * (1 - mean))
+
+
+def estimate_difference(
+    before: np.ndarray, after: np.ndarray, population: int, t: float = 2.58
+) -> Estimate:
+    """Mean of `after - before` over faults that were injected into both, with its interval.
+
+    The variance is that between faults, with one fault more that gained everything and one that
+    lost everything, half a count each (after Agresti and Min, Statist. Med. 2005): so an interval
+    has a width where no fault made a difference, and a thousand faults hardly notice.
+
+    Args:
+      before, after: [F] shares of the same fault list.
+      population, t: as in `estimate_rate`.
+
+    Raises ValueError for no faults or lists of two lengths.
+    """
+    if len(before) != len(after) or len(before) == 0:
+        raise ValueError(
+            f"cannot pair {len(before)} faults with {len(after)}: allowed is F = F > 0"
+        )
+    difference = np.asarray(after) - np.asarray(before)
+    num_faults, mean = len(difference), float(np.mean(difference))
+    correction = max(1 - num_faults / population, 0.0)
+    variance = (float(np.var(difference)) * num_faults + 1) / num_faults
+    half = t * math.sqrt(variance / num_faults * correction)
+    return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0))
+
+
+def paired_difference(
+    before: Any,
+    after: Any,
+    rate: str = "masked",
+    t: float = 2.58,
+    *,
+    population: int | None = None,
+) -> Estimate:
+    """How much a rate differs between two campaigns with the same faults, `after - before`.
+
+    Args:
+      before, after: campaigns (`jaxfi.Campaign`) of the same fault list.
+      rate: "masked", "non_critical", "critical", "due" or "faulty_accuracy".
+      t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+      population: possible faults; default those that the list was drawn from.
+
+    Returns the mean over faults of the difference of their shares, a fraction, with the interval of
+    `estimate_difference`, which has the source.
+
+    Raises ValueError if the fault lists differ, for an unknown rate, or a population of fewer
+    faults than the list.
+    """
+    if before.faults != after.faults:
+        raise ValueError("the campaigns have different fault lists: a paired difference needs one")
+    shares_of = [per_fault_shares(campaign.results, rate) for campaign in (before, after)]
+    if population is None:
+        population = before.faults.population
+    return estimate_difference(*shares_of, checked_population(population, len(before.faults)), t)
+
+
+def checked_population(population: int, num_faults: int) -> int:
+    """`population` if it can hold the faults; else ValueError."""
+    if population < num_faults:
+        raise ValueError(f"population {population} is less than the {num_faults} faults")
+    return population
+
+
+def per_fault_shares(results: Results, rate: str) -> np.ndarray:
+    """Share of each fault's images that count towards a rate, [F] float64."""
+    codes = {"masked": MASKED, "non_critical": NON_CRITICAL, "critical": CRITICAL}
+    if rate == "due":
+        return results.due.mean(axis=1)
+    if rate == "faulty_accuracy":
+        return results.correct / results.outcomes.shape[1]
+    if rate not in codes:
+        raise ValueError(f"unknown rate {rate!r}: allowed are {', '.join(Rates._fields)}")
+    return shares(results.outcomes, codes[rate])

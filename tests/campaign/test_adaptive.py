@@ -1,0 +1,226 @@
+"""Adaptive campaigns: their intervals cover as often as they say, and they stop when they may."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxfi import exhaustive_faults, run_campaign
+from jaxfi.campaign import run_sequential, run_stratified
+from jaxfi.campaign._adaptive import _layers_and_bits
+from jaxfi.campaign._anytime import anytime_estimate, confidence_sequence, draw_until_kept
+from jaxfi.campaign._strata import (
+    Strata,
+    draw_strata_until_kept,
+    neyman_counts,
+    pilot_counts,
+    stratified_estimates,
+)
+from jaxfi.outcomes import Rates, estimate_rate
+
+# The confidence sequence
+
+
+def confidence_sequence_by_hand(values, population, margin, log_evidence):
+    """The formula, one draw after another."""
+    total, weight, weighted, surprise = 0.0, 0.0, 0.0, 0.0
+    running, squares, variance = 0.5, 0.25, 0.25
+    for number, value in enumerate(values, 1):
+        bet = margin / (margin + variance)
+        left = population - number + 1
+        weighted += bet * (value + total / left)
+        weight += bet * population / left
+        surprise += (value - running) ** 2 * (-np.log(1 - bet) - bet)
+        total += value
+        running = (0.5 + total) / (number + 1)
+        squares += (value - running) ** 2
+        variance = squares / (number + 1)
+    return weighted / weight, (log_evidence + surprise) / weight
+
+
+@pytest.mark.parametrize("population", [40, 10**9])
+def test_confidence_sequence_is_the_formula(population: int) -> None:
+    values = np.random.default_rng(0).beta(0.3, 0.1, 40)
+    centre, half = confidence_sequence(values, population, 0.05, t=1.959964)
+    for n in (1, 2, 39, 40):
+        expected = confidence_sequence_by_hand(values[:n], population, 0.05, np.log(2 / 0.05))
+        np.testing.assert_allclose((centre[n - 1], half[n - 1]), expected, rtol=1e-5)
+
+
+POPULATIONS = {  # 5,000 values each, from 0 to 1
+    "half": lambda generator: generator.random(5000) < 0.5,
+    "clusters": lambda generator: generator.beta(0.3, 0.05, 5000),
+    "rare": lambda generator: generator.random(5000) < 0.004,
+    "constant": lambda generator: np.ones(5000),
+}
+
+
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_sequential_coverage_is_at_least_nominal(name: str) -> None:
+    """Stopped as soon as its interval is narrow: 95 % must hold in at least 95 %."""
+    generator = np.random.default_rng(3)
+    population = np.asarray(POPULATIONS[name](generator), float)
+    missed, margin, t = 0, 0.06, 1.96
+    for _ in range(300):
+        order = generator.permutation(population)[:, None]
+        stop = draw_until_kept(lambda n, o=order: o[:n], 5000, margin, t, first=50)[-1]
+        found = anytime_estimate(order[:stop, 0], 5000, margin, t)
+        assert found.high - found.low <= 2 * margin + 1e-12
+        missed += not found.low <= population.mean() <= found.high
+    assert missed <= 0.05 * 300
+
+
+def test_an_ordinary_interval_would_not_do() -> None:
+    """What the confidence sequence is for: the same stopping with Wilson's interval misses."""
+    generator = np.random.default_rng(4)
+    missed = 0
+    for _ in range(300):
+        order = (generator.random(3000) < 0.02).astype(float)
+        for stop in range(10, 3000, 10):
+            found = estimate_rate(order[:stop], 1, 10**9, t=1.96)
+            if not found.low <= 0.02 <= found.high:
+                missed += 1
+                break
+    assert missed > 0.15 * 300  # somewhere along the way
+    missed = 0
+    for _ in range(300):
+        order = (generator.random(3000) < 0.02).astype(float)
+        centre, half = confidence_sequence(order, 10**9, 0.01, t=1.96)
+        missed += bool((np.abs(centre - 0.02) > half).any())
+    assert missed <= 0.05 * 300
+
+
+def test_a_census_ends_the_sequence() -> None:
+    values = np.random.default_rng(0).random((60, 2))
+    looks = draw_until_kept(lambda n: values[:n], 60, margin=0.001)
+    assert looks[-1] == 60
+    estimate = anytime_estimate(values[:, 0], 60, 0.001)
+    assert estimate.low == estimate.high == pytest.approx(values[:, 0].mean())
+
+
+# Strata
+
+
+STRATA = Strata(np.repeat([2_000, 60_000, 4_000], 8), np.tile(np.arange(8), 3))
+
+
+def stratified_population(generator: np.random.Generator) -> list[np.ndarray]:
+    """Of each stratum, its faults' shares [N_h, 2]: most alike, a few bit positions differ."""
+    rate = np.array([0.02, 0.02, 0.05, 0.1, 0.3, 0.6, 0.97, 0.4])[STRATA.group]
+    size = np.minimum(STRATA.sites, 4_000)  # the same distribution, with less memory
+    return [
+        np.stack([generator.beta(2 * p, 2 * (1 - p), n), generator.random(n) < p / 20], axis=1)
+        for p, n in zip(rate, size, strict=True)
+    ]
+
+
+def test_stratified_coverage_and_saving() -> None:
+    generator = np.random.default_rng(5)
+    population = stratified_population(generator)
+    truth = STRATA.weights @ np.stack([shares.mean(axis=0) for shares in population])
+    square = STRATA.weights @ np.stack([(shares**2).mean(axis=0) for shares in population])
+    margin, t, missed, sizes = 0.01, 1.96, np.zeros(2), []
+    for _ in range(200):
+        orders = [generator.permutation(shares) for shares in population]
+        measure = lambda counts, o=orders: [x[:n] for x, n in zip(o, counts, strict=True)]  # noqa: E731
+        stages = draw_strata_until_kept(measure, STRATA, margin, t, pilot=300)
+        found = stratified_estimates(STRATA, measure(stages[-1]), stages, t)
+        assert all(rate.high - rate.low <= 2 * margin for rate in found)
+        missed += [not r.low <= x <= r.high for r, x in zip(found, truth, strict=True)]
+        sizes.append(stages[-1].sum())
+    # 95 % of 200; a fair coin of 5 % exceeds 17 in one case of 100.
+    assert (missed <= 17).all(), missed
+    simple = (t / margin) ** 2 * (square - truth**2).max()
+    assert np.mean(sizes) < simple
+
+
+def test_neyman_counts_have_the_wanted_variance() -> None:
+    """Against the textbook: n_h in proportion to W_h s_h, variance (sum W_h s_h)^2 / n."""
+    strata = Strata(np.array([10**8, 3 * 10**8]), np.array([0, 1]))
+    deviations = np.array([[0.4], [0.1]])
+    counts = neyman_counts(strata, deviations**2, strata.sites, goals=np.array([1e-6]))
+    weights = np.array([0.25, 0.75])
+    total = (weights @ deviations[:, 0]) ** 2 / 1e-6
+    expected = total * weights * deviations[:, 0] / (weights @ deviations[:, 0])
+    np.testing.assert_allclose(counts, expected, atol=1)
+    variance = np.sum((weights * deviations[:, 0]) ** 2 / counts)
+    assert variance == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_pilot_reaches_every_stratum_that_has_sites() -> None:
+    counts = pilot_counts(Strata(np.array([1, 10, 10**6]), np.zeros(3)), 100)
+    assert counts.tolist() == [1, 2, 100]
+
+
+# On a network
+
+
+def small_network() -> tuple:
+    generator = np.random.default_rng(0)
+    params = {"a": {"kernel": generator.normal(size=(6, 5)).astype(np.float32)},
+              "b": {"kernel": generator.normal(size=(5, 3)).astype(np.float32),
+                    "bias": np.zeros(3, np.float32)}}  # fmt: skip
+
+    def apply_fn(p, x):
+        return (x @ p["a"]["kernel"]).clip(0) @ p["b"]["kernel"] + p["b"]["bias"][None]
+
+    images = generator.normal(size=(16, 6)).astype(np.float32)
+    return apply_fn, params, images, generator.integers(0, 3, 16)
+
+
+@pytest.fixture(scope="module")
+def census() -> Rates:
+    apply_fn, params, images, labels = small_network()
+    return run_campaign(apply_fn, params, exhaustive_faults(params), images, labels).rates()
+
+
+@pytest.mark.parametrize("run", [run_sequential, run_stratified])
+def test_adaptive_campaign_finds_the_census(run, census: Rates, tmp_path) -> None:
+    settings = {"key": 7, "margin": 0.06, "batch_size": 8}
+    found = run(*small_network(), **settings)
+    for name, rate, true in zip(Rates._fields, found.rates, census, strict=True):
+        assert rate.high - rate.low <= 2 * 0.06 + 1e-12
+        assert rate.low <= true.value <= rate.high, name
+    faults = found.campaign.faults
+    sites = set(zip(faults.leaf, faults.element, faults.bit, strict=True))
+    assert len(sites) == len(faults) == found.stages[-1]
+    assert found.num_saved == found.num_fixed - len(faults)
+    again = run(*small_network(), **settings, workdir=tmp_path)
+    assert again.rates == found.rates
+    resumed = run(*small_network(), **settings, workdir=tmp_path)
+    assert resumed.rates == found.rates
+    assert len(list(tmp_path.iterdir())) == len(found.stages)
+
+
+def test_sequential_order_does_not_depend_on_the_margin() -> None:
+    runs = [run_sequential(*small_network(), margin=margin, first=40) for margin in (0.2, 0.1)]
+    short, long = (run.campaign for run in runs)
+    assert len(short.faults) < len(long.faults)
+    assert short.faults == long.faults[: len(short.faults)]
+    np.testing.assert_array_equal(short.outcomes, long.outcomes[: len(short.faults)])
+
+
+def test_many_small_layers_share_their_strata() -> None:
+    """With a pilot of 320 faults and 32 bits, 5 layers: the 4 largest, and the rest."""
+    sizes = {"a": 50, "b": 3, "c": 400, "d": 2, "e": 100, "f": 60, "g": 1}
+    params = {name: {"kernel": np.ones(size, np.float32)} for name, size in sizes.items()}
+    strata, drawers = _layers_and_bits(0, params, {}, pilot=320)
+    assert len(strata.sites) == len(drawers) == 5 * 32
+    assert strata.sites.sum() == 32 * sum(sizes.values())
+    drawn = [draw(6) for draw in drawers]
+    layers = {frozenset(faults.paths[leaf] for leaf in faults.leaf) for faults in drawn}
+    rest = frozenset().union(*(layer for layer in layers if len(layer) > 1))
+    assert rest == {"b/kernel", "d/kernel", "g/kernel"}
+    alone = {frozenset([f"{name}/kernel"]) for name in "acef"}
+    assert alone <= layers
+    separate, _ = _layers_and_bits(0, params, {}, pilot=448)
+    assert len(separate.sites) == 7 * 32
+
+
+def test_whole_word_faults_have_one_stratum_a_layer() -> None:
+    found = run_stratified(*small_network(), margin=0.2, pilot=10, sampling={"model": "zero"})
+    assert set(found.campaign.faults.bit) == {-1}
+    pairs = list(itertools.pairwise(found.stages))
+    assert all(a < b for a, b in pairs)
