@@ -43,9 +43,8 @@ from experiments.benchmarks.sides import (
 )
 from experiments.common.command import run_command
 from experiments.common.config import parse_flags
-from jaxfi.campaign._run import PRECISIONS
 from jaxfi.data import DATASETS, write_whole
-from jaxfi.engine import compiled
+from jaxfi.engine import PRECISIONS, compiled
 from jaxfi.faults import FaultList, fault_population, sample_faults, sample_size
 from jaxfi.outcomes import CRITICAL
 from tests.torch_models import TORCH_MODELS

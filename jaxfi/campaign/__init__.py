@@ -15,7 +15,9 @@ from jaxfi.campaign._cumulative import (
     draw_trials,
 )
 from jaxfi.campaign._processes import join_job
-from jaxfi.campaign._run import Campaign, NotReproducible, load_campaign, run_campaign
+from jaxfi.campaign._result import Campaign, load_campaign
+from jaxfi.campaign._run import run_campaign
+from jaxfi.campaign._workers import NotReproducible
 
 __all__ = [
     "AdaptiveCampaign",

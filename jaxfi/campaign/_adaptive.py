@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 from jaxfi.campaign._anytime import anytime_estimate, draw_until_kept
-from jaxfi.campaign._run import Campaign, run_campaign
+from jaxfi.campaign._result import Campaign
+from jaxfi.campaign._run import run_campaign
 from jaxfi.campaign._strata import PILOT_LEAST, Strata, draw_strata_until_kept, stratified_estimates
 from jaxfi.faults._list import FaultList, Stratum
 from jaxfi.faults._sampling import fault_population, sample_faults, sample_size

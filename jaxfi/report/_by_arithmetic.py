@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from jaxfi.campaign._run import Campaign
+from jaxfi.campaign._result import Campaign
 from jaxfi.faults._transforms import word_bits
 from jaxfi.outcomes._outcomes import MASKED, Estimate, estimate_rate, shares
 from jaxfi.report._shares import fault_dtype, shares_by_bit

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jaxfi.campaign._run import Campaign
+from jaxfi.campaign._result import Campaign
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import word_bits
 from jaxfi.outcomes._outcomes import per_fault_shares

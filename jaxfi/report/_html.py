@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from jaxfi.campaign._run import Campaign, load_campaign
+from jaxfi.campaign._result import Campaign, load_campaign
 from jaxfi.data._files import write_whole
 from jaxfi.faults._transforms import FAULT_MODELS
 from jaxfi.outcomes._outcomes import CRITICAL, NON_CRITICAL, Estimate, paired_difference

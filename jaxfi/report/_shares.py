@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfi.campaign._run import Campaign
+from jaxfi.campaign._result import Campaign
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import word_bits
 from jaxfi.outcomes._outcomes import CRITICAL, MASKED, NON_CRITICAL, Estimate, estimate_rate, shares

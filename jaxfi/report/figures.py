@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxfi.campaign._run import Campaign
+from jaxfi.campaign._result import Campaign
 from jaxfi.outcomes._outcomes import Estimate
 from jaxfi.report._shares import Part, fault_dtype, shares_by_bit, shares_by_layer
 from jaxfi.report._style import (

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxfi.campaign._run import Campaign
+from jaxfi.campaign._result import Campaign
 from jaxfi.data._files import write_whole
 from jaxfi.outcomes._outcomes import Estimate, Rates
 from jaxfi.report._latex import latex_text
