@@ -9,11 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxfi.engine._compilation import checked_precision
+from jaxfi.engine._compilation import checked_precision, compiled
 from jaxfi.engine._engines import ENGINES
 from jaxfi.engine._explain import LeafCost, least_memory
+from jaxfi.faults import PyTree
 from jaxfi.faults._sites import checked_integer
+from jaxfi.network import ApplyFn
+from jaxfi.network._loops import MOST_TURNS, most_turns
 from jaxfi.outcomes._outcomes import checked_nan_policy
+
+_LIMIT = 100  # times the turns of the fault-free network: then a loop is endless
 
 
 def check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
@@ -82,6 +87,23 @@ def checked_memory(
             f"is {least + kept:,} or more, or a smaller batch_size"
         )
     return memory
+
+
+def checked_loop_limit(
+    limit: int | None, apply_fn: ApplyFn, params: PyTree, batches: np.ndarray
+) -> int:
+    """`limit`, by default `_LIMIT` times the most turns that a fault-free loop takes."""
+    count = compiled(most_turns(apply_fn))
+    most = max(int(count(params, batch)) for batch in batches)
+    if most >= MOST_TURNS:
+        raise ValueError(f"a loop of the fault-free network does not end in {MOST_TURNS:,} turns")
+    if limit is None:
+        return _LIMIT * max(1, most)
+    if checked_integer("loop_limit", limit, 1) < most:
+        raise ValueError(
+            f"loop_limit {limit} is too small: a loop of the fault-free network takes {most} turns"
+        )
+    return limit
 
 
 def _default_budget(devices: Sequence[jax.Device]) -> int:

@@ -19,6 +19,7 @@ from jaxfi.campaign._checks import (
     check_choices,
     checked_devices,
     checked_images,
+    checked_loop_limit,
     checked_memory,
     in_batches,
 )
@@ -38,6 +39,7 @@ from jaxfi.engine._plan import part_of_layer, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn, trace_network
+from jaxfi.network._loops import has_open_loop, with_loop_limit
 from jaxfi.outcomes._outcomes import (
     Results,
     judge,
@@ -60,6 +62,7 @@ def run_campaign(
     precision: str = "highest",
     memory_budget: int | None = None,
     seed: int = 0,
+    loop_limit: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
     workdir: str | os.PathLike | None = None,
@@ -79,6 +82,9 @@ def run_campaign(
       precision: of matmuls and convolutions: "highest" (float32), "high", "default" (a GPU's TF32).
       memory_budget: bytes of each device; default 70 % of what it reports, or of the machine.
       seed: of the null faults that check the run.
+      loop_limit: turns after which a loop whose end depends on parameters or images counts as
+        endless, a hang: its outputs are NaN, a DUE. Default 100 times what the fault-free network
+        takes at most.
       devices: where to run, of one kind and this process's own; default all local accelerators, or
         one CPU. Blocks of faults go to whichever is free. The outcomes do not depend on how many.
       progress: show a progress bar with rate and ETA.
@@ -104,6 +110,10 @@ def run_campaign(
     with jax.default_matmul_precision(precision), jax.default_device(devices[0]):
         batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
         network = trace_network(apply_fn, params, batch)
+        if has_open_loop(network):
+            loop_limit = checked_loop_limit(loop_limit, apply_fn, params, batches)
+            apply_fn = with_loop_limit(apply_fn, loop_limit)
+            network = trace_network(apply_fn, params, batch)
         leaves = np.unique(faults.leaf).tolist() if engine == "fast" else []
         plans = plan_leaves(network, leaves)
         costs = leaf_costs(network, plans.values(), faults.leaf)

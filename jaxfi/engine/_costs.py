@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import jax.numpy as jnp
 from jax.extend import core
 
 from jaxfi.engine._plan import LeafPlan
@@ -83,4 +82,4 @@ def _two_largest(network: Network, equations: Iterable[core.JaxprEqn]) -> int:
 
 def leaf_bytes(network: Network, var: core.Var) -> int:
     """Size of one value, bytes."""
-    return jnp.dtype(var.aval.dtype).itemsize * math.prod(var.aval.shape)
+    return var.aval.dtype.itemsize * math.prod(var.aval.shape)

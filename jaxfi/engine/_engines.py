@@ -20,7 +20,7 @@ import numpy as np
 from jaxfi.engine._compilation import compiled
 from jaxfi.engine._golden import Setup
 from jaxfi.engine._packing import Group, Packer
-from jaxfi.engine._plan import part_of_layer
+from jaxfi.engine._plan import part_of_layer, slice_plan
 from jaxfi.engine._programs import Golden, Programs
 from jaxfi.engine._tally import Tally
 from jaxfi.faults._list import FaultList
@@ -28,6 +28,7 @@ from jaxfi.faults._transforms import FAULT_MODELS, Fault, PyTree, inject
 from jaxfi.outcomes._outcomes import Results
 
 _NULL = FAULT_MODELS.index("null")
+_LEAST_CHECKED = 256  # images: where the compiler rounds otherwise, most values of an image differ
 
 
 Advance = Callable[[int], None]  # told how many (fault, image) pairs are done
@@ -83,14 +84,17 @@ def fast_engine(setup: Setup) -> Engine:
         for leaf in np.unique(faults.leaf):
             rows = np.flatnonzero(faults.leaf == leaf)
             before = next((p for p in programs.values() if p.holds_golden), None)
-            is_new = leaf not in programs
-            if is_new:
+            if leaf not in programs:
                 programs[leaf] = Programs(setup.network, setup.plans[leaf], shared)
             programs[leaf].take_over(setup, before)
-            if is_new:
-                programs[leaf] = _whole_if_inexact(programs[leaf], setup, faults[rows])
-            runner = _RUNNERS[programs[leaf].plan.method]
-            runner(setup, programs[leaf], faults[rows], rows, tally, advance)
+            while True:
+                runner = _RUNNERS[programs[leaf].plan.method]
+                try:
+                    runner(setup, programs[leaf], faults[rows], rows, tally, advance)
+                    break
+                except _MovesBits as found:
+                    programs[leaf] = _less_divided(programs[leaf], found)
+                    tally.forget(rows)
         return tally.results()
 
     return run
@@ -107,47 +111,84 @@ def _run_unreached(setup, programs, faults, rows, tally, advance) -> None:
     advance(len(faults) * setup.num_images)
 
 
-def _whole_if_inexact(programs: Programs, setup: Setup, faults: FaultList) -> Programs:
-    """The leaf's programs, or those that re-run the network if one golden batch shows that the
-    compiler rounds prefix, columns or suffix otherwise, in a way that `is_boundary` does not know.
+class _MovesBits(Exception):
+    """The programs do not give the network's bits; `cut` says that cutting it does that."""
+
+    def __init__(self, reason: str, cut: bool = False):
+        super().__init__(reason)
+        self.cut = cut
+
+
+def _less_divided(programs: Programs, found: _MovesBits) -> Programs:
+    """Programs for the same leaf that keep each image in its place, or re-run the network."""
+    programs.forget()
+    network, leaf, reason = programs.network, programs.plan.leaf, str(found)
+    if programs.plan.method == "columns" and not found.cut:
+        return Programs(network, slice_plan(network, leaf, reason), programs.shared)
+    whole = dataclasses.replace(programs.plan, method="whole", reason=reason)
+    return Programs(network, whole, programs.shared)
+
+
+def _golden(programs: Programs, setup: Setup, number: int, faults: FaultList) -> Golden:
+    """The prefix on one batch. The first batches, `_LEAST_CHECKED` images, show whether prefix,
+    columns and suffix round as the network does: `_MovesBits` is raised if they do not.
+
+    The suffix gets the images in other places than their own.
     """
-    plan = programs.plan
-    if plan.method == "unreached":
-        return programs
-    golden = programs.golden(setup, 0)
+    golden = programs.golden(setup, number)
+    if number * setup.batch_size >= _LEAST_CHECKED or number in programs.checked:
+        return golden
+    plan, random = programs.plan, np.random.default_rng(number)
     in_blocks = plan.own is not None or plan.ahead is not None
     if in_blocks and np.isnan(setup.golden).any():
-        reason = "the golden outputs hold NaN, and which of two NaNs a sum keeps is open"
-    elif not _suffix_is_exact(programs, setup, golden):
-        reason = "cutting the network moves bits"
-    elif plan.method == "columns" and _columns_move_bits(programs, setup, golden, faults):
-        reason = "a channel's bits depend on its column"
-    else:
-        return programs
-    programs.forget()
-    whole = dataclasses.replace(plan, method="whole", reason=reason)
-    return Programs(programs.network, whole, programs.shared)
+        text = "the golden outputs hold NaN, and which of two NaNs a sum keeps is open"
+        raise _MovesBits(text, cut=True)
+    images = np.arange(setup.images_in(number))
+    if plan.method == "columns" and not _suffix_gives(
+        programs, setup, golden, number, random.permutation(images)
+    ):
+        if _suffix_gives(programs, setup, golden, number, images):
+            raise _MovesBits("the output for an image depends on its place in the batch")
+        raise _MovesBits("cutting the network moves bits", cut=True)
+    if plan.method == "slice" and not _suffix_gives(programs, setup, golden, number, images):
+        raise _MovesBits("cutting the network moves bits", cut=True)
+    if plan.method == "columns" and _columns_move_bits(programs, setup, golden, faults, random):
+        raise _MovesBits("a channel's bits depend on its column")
+    programs.checked.add(number)
+    return golden
 
 
-def _suffix_is_exact(programs: Programs, setup: Setup, golden: Golden) -> bool:
-    rows = programs.golden_rows(golden)
+def _suffix_gives(
+    programs: Programs, setup: Setup, golden: Golden, number: int, images: np.ndarray
+) -> bool:
+    """Whether the suffix gives the golden outputs of these images of a batch, to the bit, from rows
+    that hold them in this order."""
+    rows = programs.golden_rows(golden, images)
     outputs = np.asarray(programs.suffix(jax.tree.leaves(setup.params), rows, 0))
-    count = setup.images_in(0)
-    return outputs[:count].tobytes() == setup.golden[:count].tobytes()
+    expected = setup.golden[images + number * setup.batch_size]
+    return outputs[: len(images)].tobytes() == expected.tobytes()
 
 
-def _columns_move_bits(programs: Programs, setup: Setup, golden: Golden, faults: FaultList) -> bool:
+def _columns_move_bits(
+    programs: Programs, setup: Setup, golden: Golden, faults: FaultList, random: np.random.Generator
+) -> bool:
     """Whether null faults change a bit where a full group's columns hold any channels, repeated,
     in order, so that most stand in another place than in the network."""
     plan, leaves = programs.plan, jax.tree.leaves(setup.params)
     shape = faults.shapes[plan.leaf]
     place = [np.zeros(plan.num_columns, np.int64) for _ in shape]  # of one block
-    place[plan.axis] = np.random.default_rng(0).integers(0, shape[plan.axis], plan.num_columns)
+    place[plan.axis] = random.integers(0, shape[plan.axis], plan.num_columns)
     nulls = faults.nulls(np.ravel_multi_index(place, shape))
     _, group = next(_groups(nulls, np.arange(len(nulls)), programs, np.ones(len(nulls))))
     faulty = programs.faulty_columns(leaves[plan.leaf], *group[2:])
-    changed, _ = programs.columns(leaves, golden, faulty, group.block, group.channel)
-    return bool(np.asarray(changed).any())
+    changed, stored = programs.columns(leaves, golden, faulty, group.block, group.channel)
+    # A program may compute a value twice, and compare another rounding of it than it stores.
+    kept = programs.golden_columns(golden, group.channel)
+    same = [
+        np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(stored, kept, strict=True)
+    ]
+    return bool(np.asarray(changed).any()) or not all(same)
 
 
 def _run_whole(setup, programs, faults, rows, tally, advance) -> None:
@@ -169,7 +210,7 @@ def _run_slice(setup, programs, faults, rows, tally, advance) -> None:
     """The suffix alone, one fault at a time."""
     plan, leaves = programs.plan, jax.tree.leaves(setup.params)
     for number in range(len(setup.batches)):
-        golden = programs.golden_rows(programs.golden(setup, number))
+        golden = programs.golden_rows(_golden(programs, setup, number, faults))
         for row, fault in zip(rows, _each(faults), strict=True):
             faulty = programs.faulty_leaf(leaves[plan.leaf], *fault)
             swapped = [faulty if n == plan.leaf else x for n, x in enumerate(leaves)]
@@ -188,7 +229,7 @@ def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
     num_held = programs.batches_held(setup)
     for first in range(0, len(setup.batches), num_held):
         held = range(first, min(first + num_held, len(setup.batches)))
-        golden = [programs.golden(setup, number) for number in held]
+        golden = [_golden(programs, setup, number, faults) for number in held]
         visible = _visible(programs, setup, faults, golden)
         for part, group in _groups(faults, rows, programs, visible.sum(axis=0)):
             seen = visible[:, part].any(axis=1)

@@ -24,7 +24,6 @@ from jax.extend import core
 from jaxfi.faults._list import FaultList
 from jaxfi.network._blocks import Blocks, sum_length
 from jaxfi.network._graph import (
-    COUPLED,
     Network,
     Value,
     is_boundary,
@@ -32,6 +31,7 @@ from jaxfi.network._graph import (
     reached_from,
     variables,
 )
+from jaxfi.network._rows import Run, State, mixes_rows, never, uniform_constant
 from jaxfi.network._rules import column_rule, operand_axes
 
 
@@ -207,9 +207,14 @@ def plan_leaf(network: Network, leaf: int) -> LeafPlan:
             return _plan_columns(network, leaf, axis)
         except _NoColumns as reason:
             reasons.append(str(reason))
-    reason = reasons[0] if reasons else "it is a scalar"
-    return LeafPlan(leaf, "slice", reason, carried=(inputs := _slice_inputs(network, source)),
-                    whole=inputs, inputs=inputs)  # fmt: skip
+    return slice_plan(network, leaf, reasons[0] if reasons else "it is a scalar")
+
+
+def slice_plan(network: Network, leaf: int, reason: str) -> LeafPlan:
+    """The plan that runs what depends on the leaf, one fault at a time, each image in its place."""
+    inputs = _slice_inputs(network, network.leaves[leaf])
+    plan = LeafPlan(leaf, "slice", reason, carried=inputs, whole=inputs, inputs=inputs)
+    return dataclasses.replace(plan, stops=((network.output,),))
 
 
 def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
@@ -233,12 +238,11 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
     carried = tuple(var for var in suffix_inputs if var not in columns.reached)
     for var in packed:
         _check_batch_axis(network, var, columns.reached[var])
-    for equation in needed_equations(network, [network.output], {*network.leaves, *suffix_inputs}):
-        if any(network.batch_axis[var] == COUPLED for var in equation.outvars):
-            raise _NoColumns(f"{equation.primitive.name} behind it mixes the images of a batch")
+    compared = tuple(columns.frontier)
+    if mixes := _mixes_images(network, suffix_inputs, compared):
+        raise _NoColumns(mixes)
     golden = tuple(dict.fromkeys(columns.golden))
     needed = _cut(network, (*columns.taken, *golden), lambda v: is_storable(network, v))
-    compared = tuple(columns.frontier)
     own = _find_own(network, source, axis, columns.steps)
     ahead = _find_ahead(network, packed, columns)
     return LeafPlan(
@@ -463,6 +467,22 @@ def _in_order(network: Network, values: Iterable[core.Var]) -> tuple[core.Var, .
     """Sorted by when they are computed."""
     order = {var: n for n, e in enumerate(network.equations) for var in e.outvars}
     return tuple(sorted(values, key=lambda var: order.get(var, -1)))
+
+
+def _mixes_images(
+    network: Network, suffix_inputs: Sequence[core.Var], compared: Iterable[core.Var]
+) -> str:
+    """Why rows packed from several batches would not give each image's output; empty if they do."""
+    batch = network.image.aval.shape[0]
+    if batch == 1:
+        return ""
+    equations = needed_equations(network, [network.output], {*network.leaves, *suffix_inputs})
+    states: dict[core.Var, State] = dict.fromkeys(network.leaves, never)
+    states |= {var: uniform_constant(value) for var, value in network.given.items()}
+    states |= {var: Run(network.batch_axis[var], batch) for var in suffix_inputs}
+    results: dict[Value, Run] = {network.output: Run(0, batch)}
+    results |= {var: Run(network.batch_axis[var], batch) for var in compared}
+    return mixes_rows(equations, states, results)
 
 
 def _check_batch_axis(network: Network, var: core.Var, column_axis: int) -> None:

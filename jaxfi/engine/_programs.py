@@ -68,6 +68,7 @@ class Programs:
         self.pack = compiled(self._pack)
         self._suffix = [self._segment(number) for number in range(len(plan.stops))]
         self._golden: dict[int, Golden] = {}
+        self.checked: set[int] = set()  # batches that showed no bit moved
 
     def suffix(self, leaves: list[jax.Array], rows: list[jax.Array], block: int) -> jax.Array:
         """The network's outputs [B, classes] for rows packed by `pack`."""
@@ -123,14 +124,36 @@ class Programs:
         working = working_bytes(self.network, self.plan)
         return num_held(setup.memory, golden, working, len(setup.batches))
 
-    def golden_rows(self, golden: Golden) -> list[jax.Array]:
-        """A batch of rows for the suffix in which nothing is faulty; of block 0."""
+    def golden_rows(self, golden: Golden, images: np.ndarray | None = None) -> list[jax.Array]:
+        """A batch of rows for the suffix in which nothing is faulty; of block 0.
+
+        `images` [n] are the batch's images in the first n rows; by default each in its place.
+        """
         given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
-        whole = [given[var] for var in self.plan.whole]
-        if self.plan.ahead is None:
-            return whole
-        product = self._product(golden, self.plan.ahead)
-        return [product.inputs[0], *siblings(product.levels, 0), *whole]
+        rows = [given[var] for var in self.plan.whole]
+        axes = [self.network.batch_axis[var] for var in self.plan.whole]
+        if self.plan.ahead is not None:
+            product = self._product(golden, self.plan.ahead)
+            rows = [product.inputs[0], *siblings(product.levels, 0), *rows]
+            axes = [0] * (len(rows) - len(axes)) + axes
+        if images is None or np.array_equal(images, np.arange(len(images))):
+            return rows
+        return [
+            jax.device_put(_picked(row, images, axis), row.sharding)
+            for row, axis in zip(rows, axes, strict=True)
+        ]
+
+    def golden_columns(self, golden: Golden, channel: np.ndarray) -> list[np.ndarray]:
+        """The packed values' channels [C, B, ...] in a batch in which nothing is faulty."""
+        given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
+        return [
+            np.moveaxis(
+                np.take(np.asarray(given[var]), channel, self.plan.axes[var]),
+                (self.plan.axes[var], self.network.batch_axis[var]),
+                (0, 1),
+            )
+            for var in self.plan.packed
+        ]
 
     def empty_rows(self, device: Any) -> list[jax.Array]:
         """A batch of rows of zeros for the suffix, on the device that packs them: rows that are
@@ -321,6 +344,12 @@ def _faulty_columns(leaf, block, channel, element, keep, flip, how: tuple) -> ja
         leaf = block_of(leaf, own.weight_axis, own, block)
     columns = jnp.take(leaf, channel, axis=axis, mode="clip")
     return corrupt(columns, element, keep, flip)
+
+
+def _picked(row: jax.Array, images: np.ndarray, axis: int) -> np.ndarray:
+    every = np.arange(row.shape[axis])
+    every[: len(images)] = images
+    return np.take(np.asarray(row), every, axis)
 
 
 def _lit(values: jax.Array, axis: int) -> jax.Array:

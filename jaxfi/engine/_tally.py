@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.engine._golden import Setup
-from jaxfi.outcomes._outcomes import Results, judge
+from jaxfi.outcomes._outcomes import MASKED, Results, judge
 
 
 class Tally:
@@ -20,11 +20,18 @@ class Tally:
         self._judge = _JUDGES[setup.nan]
         golden = self._judge(self._golden, self._golden, self._labels)
         shape = (num_faults, setup.num_images)
-        self.outcome = np.zeros(shape, np.uint8)
-        self.due = np.broadcast_to(np.asarray(golden.due), shape).copy()
+        self._golden_due = np.asarray(golden.due)
         self._golden_correct = np.asarray(golden.correct)
-        self.correct = np.full(num_faults, self._golden_correct.sum(), np.int32)
+        self.outcome, self.due = np.empty(shape, np.uint8), np.empty(shape, bool)
+        self.correct = np.empty(num_faults, np.int32)
         self._waiting: list[tuple] = []
+        self.forget(np.arange(num_faults))
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Makes these faults golden again, whatever was added."""
+        self.results()
+        self.outcome[rows], self.due[rows] = MASKED, self._golden_due
+        self.correct[rows] = self._golden_correct.sum()
 
     def add_batch(self, row: int, number: int, outputs: jax.Array, golden: jax.Array | None = None):
         """Outputs [batch, classes] of one fault on one whole batch."""

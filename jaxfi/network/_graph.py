@@ -113,20 +113,33 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
 def digest(network: Network) -> str:
     """SHA-256 of what the network computes: operations, shapes, settings, constants, blocks."""
     hashed = hashlib.sha256()
+    number: dict[core.Var, int] = {}
+
+    def described(value: Value) -> str:
+        if isinstance(value, core.Literal):
+            return f"{value.val}:{value.aval.str_short()}"
+        return f"{number.setdefault(value, len(number))}:{value.aval.str_short()}"
+
+    inputs = [described(var) for var in (*network.leaves, network.image, *network.given)]
     for equation in network.equations:
-        plain = {
-            k: v for k, v in equation.params.items() if isinstance(v, (int, float, str, tuple))
-        }
-        operands = [
-            str(v.val) if isinstance(v, core.Literal) else v.aval.str_short()
-            for v in equation.invars
-        ]
-        hashed.update(repr((equation.primitive.name, sorted(plain), operands)).encode())
-        hashed.update(re.sub("0x[0-9a-f]+", "", repr(sorted(plain.items()))).encode())
+        values = [[described(v) for v in side] for side in (equation.invars, equation.outvars)]
+        settings = sorted((name, _text(value)) for name, value in equation.params.items())
+        hashed.update(repr((equation.primitive.name, values, settings)).encode())
     for value in network.given.values():
-        hashed.update(np.asarray(value).tobytes())
-    hashed.update(repr(list(network.blocks.values())).encode())
+        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        hashed.update(np.asarray(jax.random.key_data(value) if is_key else value).tobytes())
+    hashed.update(repr((inputs, described(network.output), [*network.blocks.values()])).encode())
     return hashed.hexdigest()
+
+
+def _text(setting: Any) -> str:
+    """What an equation's setting says, without addresses; of inner programs what they hold, too."""
+    held = [
+        np.asarray(const).tobytes()
+        for body in (setting if isinstance(setting, tuple) else (setting,))
+        for const in getattr(body, "consts", ())
+    ]
+    return re.sub(" at 0x[0-9a-f]+", "", f"{setting!r} {held}")
 
 
 def variables(values: Iterable[Value]) -> list[core.Var]:
@@ -183,6 +196,8 @@ def is_boundary(network: Network, var: core.Var) -> bool:
     a product that a sum consumes (they may be contracted), or a reduction consumes it.
     """
     producer = network.producers.get(var)
+    if jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.extended):
+        return False  # a random key has no words to store
     if producer is None or producer.primitive.name in _STORED:
         return True
     readers = _through_moves(var, network, forward=True)

@@ -24,13 +24,15 @@ Axes = tuple[int | None, ...]
 Rule = Callable[[core.JaxprEqn, Axes], tuple[int, Axes] | None]
 
 _ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-    copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
-    pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    clz complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp
+    exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt
+    max min mul name ne neg nextafter not or polygamma population_count pow real reduce_precision
+    regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
     """.split()
 _REDUCE = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split()
-_SCAN = "cumsum cumprod cummax cummin cumlogsumexp rev sort".split()
+_SCAN = "cumsum cumprod cummax cummin cumlogsumexp rev".split()
 _RULES: dict[str, Rule] = {}
 
 
@@ -156,6 +158,94 @@ def _along_another_axis(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes]
     return axes[0], (None,)
 
 
+@_rule("sort")
+def _sort(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    axis = _common_axis(axes)
+    if axis is None or axis == equation.params["dimension"]:
+        return None
+    return axis, tuple(axis if a is None else None for a in axes)
+
+
+@_rule("top_k")
+def _top_k(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    along = equation.params.get("axis", _ndim(equation.invars[0]) - 1)
+    return None if axes[0] in (None, along) else (axes[0], (None,) * len(axes))
+
+
+@_rule("fft")
+def _fft(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    transformed = len(equation.params["fft_lengths"])
+    return None if axes[0] >= _ndim(equation.invars[0]) - transformed else (axes[0], (None,))
+
+
+@_rule("dynamic_slice")
+def _dynamic_slice(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    axis = axes[0]
+    if axis is None or any(a is not None for a in axes[1:]):
+        return None
+    whole = equation.invars[0].aval.shape[axis] == equation.outvars[0].aval.shape[axis]
+    return (axis, (None,) * len(axes)) if whole else None
+
+
+@_rule("dynamic_update_slice")
+def _dynamic_update_slice(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    axis = _common_axis(axes[:2])
+    if axis is None or any(a is not None for a in axes[2:]):
+        return None
+    sizes = {value.aval.shape[axis] for value in equation.invars[:2]}
+    takes = tuple(axis if a is None else None for a in axes[:2])
+    return (axis, takes + (None,) * len(axes[2:])) if len(sizes) == 1 else None
+
+
+@_rule("tile")
+def _tile(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    return (axes[0], (None,)) if equation.params["reps"][axes[0]] == 1 else None
+
+
+@_rule("scatter scatter-add scatter-mul scatter-min scatter-max")
+def _scatter(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    # Along an axis that every update covers.
+    numbers = equation.params["dimension_numbers"]
+    operand, indices, updates = axes
+    picked = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    left = [a for a in range(_ndim(equation.invars[0])) if a not in picked]
+    windows = dict(zip(left, numbers.update_window_dims, strict=True))
+    if operand is None and updates is not None:
+        operand = next((a for a, window in windows.items() if window == updates), None)
+    if indices is not None or operand not in windows:
+        return None
+    if operand in numbers.scatter_dims_to_operand_dims or updates not in (None, windows[operand]):
+        return None
+    window = windows[operand]
+    if equation.invars[2].aval.shape[window] != equation.invars[0].aval.shape[operand]:
+        return None
+    takes = (operand if axes[0] is None else None, None, window if updates is None else None)
+    return operand, takes
+
+
+@_rule("gather")
+def _gather(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    operand, indices = axes
+    of_batch = tuple(numbers.operand_batching_dims), tuple(numbers.start_indices_batching_dims)
+    ahead = [a for a in range(_ndim(equation.outvars[0])) if a not in numbers.offset_dims]
+    if operand in of_batch[0] or indices in of_batch[1]:  # both are picked along the same axis
+        which = of_batch[0].index(operand) if operand is not None else of_batch[1].index(indices)
+        both = (of_batch[0][which], of_batch[1][which])
+        if any(a not in (None, b) for a, b in zip(axes, both, strict=True)):
+            return None
+        takes = tuple(b if a is None else None for a, b in zip(axes, both, strict=True))
+        return ahead[both[1]], takes
+    if operand is None:  # a row of results for each index
+        return None if indices == _ndim(equation.invars[1]) - 1 else (ahead[indices], (None, None))
+    dropped = (*numbers.collapsed_slice_dims, *of_batch[0])
+    whole = sizes[operand] == equation.invars[0].aval.shape[operand]
+    if indices is not None or operand in (*dropped, *numbers.start_index_map) or not whole:
+        return None
+    left = [a for a in range(len(sizes)) if a not in dropped]
+    return numbers.offset_dims[left.index(operand)], (None, None)
+
+
 @_rule("reduce_window_max reduce_window_min reduce_window_sum")
 def _reduce_window(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     axis, params = axes[0], equation.params
@@ -187,6 +277,8 @@ def _convolution(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None
     if params["batch_group_count"] != 1 or axes[1] not in (None, kernel_axis):
         return None
     image, kernel = (value.aval.shape for value in equation.invars)
+    if axes == (spec.lhs_spec[0], None):
+        return spec.out_spec[0], (None, None)  # the images of a batch
     if groups == 1 and axes[0] is None:
         return out_axis, (None, None)
     if groups == image[image_axis] == kernel[kernel_axis] and axes[0] in (None, image_axis):

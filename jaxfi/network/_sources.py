@@ -89,7 +89,7 @@ def _results_sources(equation: core.JaxprEqn, operands: Sequence[Sources]) -> li
         branches = [through(body, inner["branches"]) for body in params["branches"]]
         return [NOTHING.union(*sources) for sources in zip(*branches, strict=True)]
     if name == "scan":
-        first, num_carry = _scan_counts(equation)
+        first, num_carry = scan_counts(equation)
         stacked = through(params["jaxpr"], inner["jaxpr"])[num_carry:]
         return [*inner["jaxpr"][first : first + num_carry], *stacked]
     for called, inputs in inner.items():
@@ -98,7 +98,7 @@ def _results_sources(equation: core.JaxprEqn, operands: Sequence[Sources]) -> li
 
 
 def _inputs_of_scan(equation: core.JaxprEqn, operands: Sequence[Sources]) -> list[Sources]:
-    first, num_carry = _scan_counts(equation)
+    first, num_carry = scan_counts(equation)
     body, consts, slices = equation.params["jaxpr"], operands[:first], operands[first + num_carry :]
     carry = _any_round(
         lambda carry: through(body, [*consts, *carry, *slices])[:num_carry],
@@ -107,7 +107,7 @@ def _inputs_of_scan(equation: core.JaxprEqn, operands: Sequence[Sources]) -> lis
     return [*consts, *carry, *slices]
 
 
-def _scan_counts(equation: core.JaxprEqn) -> tuple[int, int]:
+def scan_counts(equation: core.JaxprEqn) -> tuple[int, int]:
     """How many constants and carried values a scan has: they have no axis more than in its body.
 
     JAX 0.10 and 0.11 keep these numbers in different parameters.
