@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from jax.extend import core
 
 from jaxfi.engine._plan import LeafPlan
-from jaxfi.network._graph import Network, arithmetic, needed_equations
+from jaxfi.network._graph import Network, Value, arithmetic, needed_equations
 
 
 def suffix_arithmetic(network: Network, plan: LeafPlan) -> int:
@@ -26,8 +26,9 @@ def columns_arithmetic(network: Network, plan: LeafPlan) -> int:
 
 def _share(network: Network, blocked: core.Var | None, equation: core.JaxprEqn) -> int:
     """An equation's arithmetic; of the blocked layer, one block's."""
-    is_blocked = blocked is not None and equation.outvars[0] is blocked
-    return arithmetic([equation]) // (network.blocks[blocked].num_blocks if is_blocked else 1)
+    if blocked is None or equation.outvars[0] is not blocked:
+        return arithmetic([equation])
+    return arithmetic([equation]) // network.blocks[blocked].num_blocks
 
 
 def network_arithmetic(network: Network) -> int:
@@ -80,6 +81,6 @@ def _two_largest(network: Network, equations: Iterable[core.JaxprEqn]) -> int:
     return sum(sizes[-2:])
 
 
-def leaf_bytes(network: Network, var: core.Var) -> int:
+def leaf_bytes(network: Network, var: Value) -> int:
     """Size of one value, bytes."""
     return var.aval.dtype.itemsize * math.prod(var.aval.shape)

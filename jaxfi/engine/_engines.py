@@ -66,7 +66,7 @@ def vmap_engine(setup: Setup, lanes: int = 8) -> Engine:
             group = faults[rows].padded(lanes).batch()
             for number, batch in enumerate(setup.batches):
                 outputs = network(setup.params, group, batch)
-                for lane, row in enumerate(rows):
+                for lane, row in enumerate(rows.tolist()):
                     tally.add_batch(row, number, outputs[lane], golden=outputs[-1])
                 advance(len(rows) * setup.images_in(number))
         return tally.results()
@@ -199,7 +199,7 @@ def _run_whole(setup, programs, faults, rows, tally, advance) -> None:
 
 
 def _rerun(network, injected, setup, faults, rows, tally, advance) -> None:
-    for row, position in enumerate(rows):
+    for row, position in enumerate(rows.tolist()):
         params = injected(setup.params, faults.fault(row))
         for number, batch in enumerate(setup.batches):
             tally.add_batch(position, number, network(params, batch))
@@ -232,8 +232,8 @@ def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
         golden = [_golden(programs, setup, number, faults) for number in held]
         visible = _visible(programs, setup, faults, golden)
         for part, group in _groups(faults, rows, programs, visible.sum(axis=0)):
-            seen = visible[:, part].any(axis=1)
-            if seen.any():
+            seen = np.any(visible[:, part], axis=1).tolist()
+            if any(seen):
                 faulty = programs.faulty_columns(leaves[plan.leaf], *group[2:])
             for number, values, any_seen in zip(held, golden, seen, strict=True):
                 if any_seen:

@@ -252,13 +252,15 @@ class Programs:
 
     def _own_layer(self, golden: Golden, faulty, block, channel) -> jax.Array:
         """Columns of the leaf's blocked layer: the faulty block's partial sum, the rest golden."""
-        product = self._product(golden, self.plan.own)
+        own = self.plan.own
+        assert own is not None
+        product = self._product(golden, own)
         inputs = lax.dynamic_index_in_dim(product.inputs, block, keepdims=False)
         others = [
             jnp.take(other, channel, axis=1, mode="clip")
             for other in siblings(product.levels, block)
         ]
-        dot = layer_dot(self.network.producers[self.plan.own])
+        dot = layer_dot(self.network.producers[own])
         return climb(dot(inputs, faulty), *others)
 
     def _by_fault(self, value: jax.Array, var: core.Var) -> jax.Array:
@@ -270,7 +272,7 @@ class Programs:
         differs = self._by_fault(_bits_differ(faulty, golden), var)
         return jnp.any(differs, axis=tuple(range(2, differs.ndim)))
 
-    def _pack(self, rows: list, golden: Golden, columns: list, pick: Pick, block) -> list:
+    def _pack(self, rows: list, golden: Golden, columns: list, pick: Any, block) -> list:
         """`rows` with those that `pick` names replaced by pairs of this batch."""
         given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
         new, axes = [], []
@@ -290,8 +292,9 @@ class Programs:
             for row, old, axis in zip(new, rows, axes, strict=True)
         ]
 
-    def _block_rows(self, golden: Golden, columns: jax.Array, pick: Pick, block) -> list:
+    def _block_rows(self, golden: Golden, columns: jax.Array, pick: Any, block) -> list:
         """Of the blocked layer ahead: the inputs of its one faulty block, and the siblings."""
+        assert self.plan.ahead is not None
         product = self._product(golden, self.plan.ahead)
         inputs = lax.dynamic_index_in_dim(product.inputs, block, keepdims=False)
         picked = [
@@ -310,7 +313,7 @@ class Programs:
     def _segment(self, number: int) -> Segment:
         """The suffix up to `plan.stops[number]`, shared with all leaves that run it."""
         plan, network = self.plan, self.network
-        starts = plan.stops[number - 1] if number else plan.whole
+        starts = variables(plan.stops[number - 1]) if number else [*plan.whole]
         ahead, stops = None if number else plan.ahead, plan.stops[number]
         known = {*network.leaves, *starts} | ({ahead} if ahead is not None else set())
         equations = needed_equations(network, stops, known)
@@ -327,11 +330,12 @@ class Programs:
                 known[ahead] = self._layer_ahead(known, values[:count], block)
             return evaluate(network, stops, known)
 
-        key = ("suffix", starts, ahead, stops)
+        key = ("suffix", tuple(starts), ahead, stops)
         return Segment(leaves, self.shared.setdefault(key, compiled(segment)))
 
     def _layer_ahead(self, known: dict[core.Var, jax.Array], of_block: list, block) -> jax.Array:
         """The blocked layer ahead, from its block's inputs and the siblings."""
+        assert self.plan.ahead is not None
         equation, blocks = self.network.producers[self.plan.ahead], self.ahead
         weights = evaluate(self.network, equation.invars[1:], known)[0]
         weights = block_of(weights, blocks.weight_axis, blocks, block)

@@ -121,14 +121,19 @@ class FaultList:
         """Both lists, of the same parameters, one after the other; ValueError for others."""
         if self._leaves() != other._leaves():
             raise ValueError("the fault lists are for different parameters: allowed are the same")
-        columns = {n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS}
+        columns: dict[str, Any] = {
+            n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS
+        }
         return dataclasses.replace(self, drawn_from=None, **columns)
 
     def nulls(self, elements: np.ndarray) -> FaultList:
         """Faults that change nothing, at these elements of the first fault's leaf."""
         row = self[np.zeros(len(elements), np.int64)]
         code = np.full(len(elements), FAULT_MODELS.index("null"), np.uint8)
-        none = {"bit": np.full_like(row.bit, -1), "value": np.full_like(row.value, np.nan)}
+        none: dict[str, Any] = {
+            "bit": np.full_like(row.bit, -1),
+            "value": np.full_like(row.value, np.nan),
+        }
         return dataclasses.replace(row, element=elements.astype(np.int64), model=code, **none)
 
     def padded(self, length: int) -> FaultList:

@@ -162,10 +162,9 @@ def climb(partial: jax.Array, *others: jax.Array) -> jax.Array:
     that reads it (ResNet18's mean over positions), that reduction runs in another order than over
     a stored value.
     """
-    *others, last = others
-    for other in others:
+    for other in others[:-1]:
         partial = partial + other
-    return _unfused(jnp.add, partial, last)
+    return _unfused(jnp.add, partial, others[-1])
 
 
 def _stored(x: jax.Array) -> jax.Array:
@@ -205,7 +204,7 @@ def find_blocks(
     """
     found: dict[core.Var, Blocks] = {}
     channel_axis: dict[core.Var, int] = {}  # of what a convolution put out, and on from there
-    flattened: dict[core.Var, core.Var] = {}
+    flattened: dict[core.Var, Any] = {}
     for equation in equations:
         name, result = equation.primitive.name, equation.outvars[0]
         if _is_wide(equation, batch_axis):
@@ -258,13 +257,13 @@ def _dense_blocks(
     equation: core.JaxprEqn,
     batch_axis: Mapping[core.Var, int | None],
     channel_axis: Mapping[core.Var, int],
-    flattened: Mapping[core.Var, core.Var],
+    flattened: Mapping[core.Var, Any],
 ) -> Blocks | None:
     x, weights = equation.invars
     plain = equation.params["dimension_numbers"] == _PLAIN
     if not plain or (len(x.aval.shape), len(weights.aval.shape)) != (2, 2):
         return None
-    source = flattened.get(x, x)
+    source: Any = flattened.get(x, x) if isinstance(x, core.Var) else x
     axis, shape = channel_axis.get(source, 0), source.aval.shape
     if source is x or axis < 1 or batch_axis.get(source) != 0:
         return _split(equation, 1, x.aval.shape[1], 1)

@@ -70,7 +70,7 @@ class Network:
     image: core.Var
     output: Value
     given: Mapping[core.Var, Array]
-    batch_axis: Mapping[core.Var, int | None]
+    batch_axis: Mapping[core.Var, Any]
     producers: Mapping[core.Var, core.JaxprEqn]
     consumers: Mapping[core.Var, tuple[core.JaxprEqn, ...]]
     blocks: Mapping[core.Var, Blocks]
@@ -281,7 +281,7 @@ def _run_inlined(jaxpr: core.Jaxpr, consts: Iterable, inputs: Iterable) -> list:
 
 def _check_output(jaxpr: core.Jaxpr, batch: int) -> None:
     found = [var.aval.str_short() for var in jaxpr.outvars]
-    shape = jaxpr.outvars[0].aval.shape if len(found) == 1 else ()
+    shape: tuple = jaxpr.outvars[0].aval.shape if len(found) == 1 else ()
     floating = len(found) == 1 and jax.numpy.issubdtype(jaxpr.outvars[0].aval.dtype, np.floating)
     if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or not floating:
         raise ValueError(

@@ -97,7 +97,7 @@ def _is_open(equation: core.JaxprEqn, operands: Sequence[Sources]) -> bool:
     for name, inputs in inner.items():
         bodies = equation.params[name]
         for body in bodies if isinstance(bodies, tuple) else (bodies,):
-            within: core.Jaxpr = getattr(body, "jaxpr", body)
+            within: Any = getattr(body, "jaxpr", body)
             known = follow(within.eqns, dict(zip(within.invars, inputs, strict=True)))
             if any(_is_open(e, sources_of(e.invars, known)) for e in within.eqns):
                 return True
@@ -154,20 +154,27 @@ def _while(params: dict, operands: list, inner: dict[str, list[Sources]], limit:
 
     def test(state: tuple) -> jax.Array:
         turn, ran = state
-        more = goes_on(ran.results) & ~ran.hung
+        more = jnp.any(goes_on(ran.results)) & ~ran.hung
         return more & (turn < limit) if decided else more
 
     def body(state: tuple) -> tuple:
         turn, before = state
         ran = _through(params["body_jaxpr"], [*consts, *before.results], inner["body_jaxpr"], limit)
         turns, hung = jnp.maximum(before.turns, ran.turns), before.hung | ran.hung
-        return turn + 1, _Ran(ran.results, turns, hung)
+        more = goes_on(before.results)  # under vmap one for each lane: the others stay as they are
+        results = [
+            jnp.where(more.reshape(more.shape + (1,) * (new.ndim - more.ndim)), new, old)
+            if more.ndim
+            else new
+            for new, old in zip(ran.results, before.results, strict=True)
+        ]
+        return turn + 1, _Ran(results, turns, hung)
 
     start = _Ran(operands[of_test + of_body :], jnp.int32(0), jnp.bool_(False))
     turn, ran = lax.while_loop(test, body, (jnp.int32(0), start))
     if not decided:
         return ran
-    over = (turn >= limit) & goes_on(ran.results)
+    over = (turn >= limit) & jnp.any(goes_on(ran.results))
     return _Ran(ran.results, jnp.maximum(ran.turns, turn), ran.hung | over)
 
 

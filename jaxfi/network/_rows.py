@@ -14,6 +14,7 @@ runs, or which, must not depend on the rows. An operation without a rule counts 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ def _results(equation: core.JaxprEqn, operands: list[State]) -> list[State]:
     runs = [state if isinstance(state, Run) else None for state in operands]
     if any(runs):
         return [_carried(equation, operands, runs)] * count
-    return [lambda run, n=n: _is_uniform(equation, operands, run, n) for n in range(count)]
+    return [partial(_is_uniform, equation, operands, n) for n in range(count)]
 
 
 def _carried(equation: core.JaxprEqn, operands: list[State], runs: list[Run | None]) -> State:
@@ -176,7 +177,7 @@ def _reshaped(run: Run, before: Sequence[int], after: Sequence[int]) -> Run | No
     return None
 
 
-def _is_uniform(equation: core.JaxprEqn, operands: list[State], run: Run, number: int) -> bool:
+def _is_uniform(equation: core.JaxprEqn, operands: list[State], number: int, run: Run) -> bool:
     """Whether a result that does not depend on the rows is uniform along a run: it is, if it is the
     operands re-indexed, and they are uniform."""
     name, params = equation.primitive.name, equation.params
@@ -335,9 +336,7 @@ def _steady(
         holding = {n for n, state in enumerate(carry) if _holds(state, run)}
         while number in holding:
             assumed: list[State] = [
-                (lambda asked, known=n in holding: known and asked == run)
-                if callable(state)
-                else state
+                partial(_same, run if n in holding else None) if callable(state) else state
                 for n, state in enumerate(carry)
             ]
             results = step(assumed)
@@ -349,6 +348,10 @@ def _steady(
         return False
 
     return is_uniform
+
+
+def _same(known: Run | None, run: Run) -> bool:
+    return run == known
 
 
 _INNER = {"cond": _of_cond, "scan": _of_scan, "while": _of_while}

@@ -16,11 +16,12 @@ A new rule is one function with `@_rule(primitive names)`, and a model in tests/
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jax.extend import core
 
-Axes = tuple[int | None, ...]
+Axes = tuple[Any, ...]  # of each operand an int or None: where a rule needs an int, it asks first
 Rule = Callable[[core.JaxprEqn, Axes], tuple[int, Axes] | None]
 
 _ELEMENTWISE = """

@@ -243,10 +243,11 @@ def paired_difference(
     """
     if before.faults != after.faults:
         raise ValueError("the campaigns have different fault lists: a paired difference needs one")
-    shares_of = [per_fault_shares(campaign.results, rate) for campaign in (before, after)]
+    first, second = (per_fault_shares(campaign.results, rate) for campaign in (before, after))
     if population is None:
         population = before.faults.population
-    return estimate_difference(*shares_of, checked_population(population, len(before.faults)), t)
+    population = checked_population(population, len(before.faults))
+    return estimate_difference(first, second, population, t)
 
 
 def checked_population(population: int, num_faults: int) -> int:

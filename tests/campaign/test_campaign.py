@@ -21,11 +21,11 @@ from jaxfi import (
     CRITICAL,
     MASKED,
     NON_CRITICAL,
-    campaign,
     load_campaign,
     run_campaign,
     sample_faults,
 )
+from jaxfi.campaign import _run as campaign
 from jaxfi.campaign._description import read_description, read_faults
 from jaxfi.campaign._workers import Price, split_blocks
 from jaxfi.convert import from_torch, to_torch

@@ -24,8 +24,9 @@ def git(folder: Path, *words: str) -> str:
 def package(tmp_path: Path) -> Path:
     """A folder in a repository, with one file, committed."""
     folder = tmp_path / "repository" / "package"
-    (folder / "report").mkdir(parents=True)
-    (folder / "engine.py").write_text("1\n")
+    for room in ("report", "engine"):
+        (folder / room).mkdir(parents=True)
+    (folder / "engine" / "plan.py").write_text("1\n")
     git(tmp_path, "init", "-q", "repository")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "first")
@@ -46,7 +47,7 @@ def test_edits_since_the_commit_are_told_apart(package: Path) -> None:
     found = []
     for text in ("1\n", "2\n", "3\n"):
         commit.cache_clear()
-        (package / "engine.py").write_text(text)
+        (package / "engine" / "plan.py").write_text(text)
         found.append(commit(package))
     assert found[0] == git(package, "rev-parse", "HEAD")
     assert all(edited.startswith(f"{found[0]}+") for edited in found[1:])
@@ -56,8 +57,8 @@ def test_edits_since_the_commit_are_told_apart(package: Path) -> None:
 def test_an_installed_package_has_no_commit(tmp_path: Path, package: Path, monkeypatch) -> None:
     assert commit(tmp_path / "nowhere") is None
     ignored = package.parent / ".venv"  # inside another's repository, which does not have it
-    ignored.mkdir()
-    (ignored / "engine.py").write_text("1\n")
+    (ignored / "engine").mkdir(parents=True)
+    (ignored / "engine" / "plan.py").write_text("1\n")
     assert commit(ignored) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit(tmp_path) is None

@@ -16,7 +16,7 @@ from jaxfi.campaign import NotReproducible
 
 @pytest.fixture(autouse=True)
 def _no_signal_handlers(monkeypatch):
-    monkeypatch.setattr("experiments.command.stop_soon", lambda message: None)
+    monkeypatch.setattr("experiments.common.command.stop_soon", lambda message: None)
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, FloatingPointError])

@@ -43,6 +43,10 @@ def in_loop(p, x):
     return lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, halved(p, s[1])), (0, x))[1]
 
 
+def of_each_image(p, x):
+    return jax.vmap(lambda row: halved(p, row[None])[0])(x)
+
+
 def counted(p, x):
     return lax.fori_loop(0, 5, lambda n, h: h * 0.5, x @ p["a"])
 
@@ -51,7 +55,7 @@ def counted_by_parameter(p, x):
     return lax.fori_loop(0, p["n"], lambda n, h: h * 0.5, x @ p["a"])
 
 
-OPEN = [halved, in_scan, in_branch, in_call, in_loop, counted_by_parameter]
+OPEN = [halved, in_scan, in_branch, in_call, in_loop, of_each_image, counted_by_parameter]
 
 
 @pytest.mark.parametrize("apply_fn", OPEN)
@@ -72,7 +76,7 @@ def test_turns_are_those_of_a_loop_in_python() -> None:
     assert int(most_turns(counted_by_parameter)(PARAMS, IMAGES)) == 3
 
 
-@pytest.mark.parametrize("apply_fn", [halved, in_scan, in_branch, in_call, in_loop])
+@pytest.mark.parametrize("apply_fn", OPEN[:-1])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_an_endless_loop_ends_in_nan(apply_fn, value) -> None:
     params = {**PARAMS, "a": np.full((2, 2), value, np.float32)}
