@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,12 @@ def save_checkpoint(folder: str | Path, tree: Any, info: dict[str, Any]) -> None
     number = int(older[-1].name) + 1 if older else 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _orbax().save(
-            folder / f"{number:06d}",
-            tree,
-            custom_metadata={"format": FORMAT, "digest": _digest(tree, info), "info": info},
-        )
+        with _settled_loops():
+            _orbax().save(
+                folder / f"{number:06d}",
+                tree,
+                custom_metadata={"format": FORMAT, "digest": _digest(tree, info), "info": info},
+            )
     except OSError as error:
         message = f"cannot write the checkpoint {folder} ({error}): make room or make it writable"
         raise OSError(error.errno, message) from error
@@ -52,9 +56,9 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, dict[str, Any]]:
         raise FileNotFoundError(f"there is no checkpoint in {folder}")
     path = versions[-1]
     try:
-        stored = _orbax().metadata(path).custom_metadata
+        stored, item = _metadata(path)
         is_ours = isinstance(stored, dict) and stored.get("format") in (FORMAT, _WITHOUT_INFO)
-        tree = _orbax().load(path) if is_ours else None
+        tree = _restored(path / item) if is_ours else None
         is_whole = is_ours and _is_whole(tree, stored)
     except Exception as error:  # whatever a stranger's bytes do to the readers
         raise _unusable(path, type(error).__name__) from None
@@ -111,6 +115,44 @@ def _digest(tree: Any, info: dict[str, Any] | None = None) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(leaf.tobytes())
     return digest.hexdigest()
+
+
+def _metadata(path: Path) -> tuple[Any, str]:
+    """What was saved beside the tree, and the folder of the tree. (orbax's own `metadata` starts
+    loops of uvloop, which it leaves to the garbage collector: they end as errors anywhere.)"""
+    stored = json.loads((path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
+    (item,) = stored["item_handlers"]
+    if not re.fullmatch(r"\w+", item):
+        raise ValueError(item)
+    return stored["custom_metadata"], item
+
+
+def _restored(path: Path) -> Any:
+    from orbax.checkpoint import PyTreeCheckpointHandler
+
+    with _settled_loops():
+        return PyTreeCheckpointHandler().restore(path)
+
+
+class _SettledLoop(asyncio.SelectorEventLoop):
+    """Ends with all that it began. Of a damaged checkpoint, orbax leaves reads that are under way
+    when one fails, and their ends would find the loop closed: errors in whatever runs by then."""
+
+    def close(self) -> None:
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+@contextlib.contextmanager
+def _settled_loops() -> Iterator[None]:
+    """Within it, orbax's loops are `_SettledLoop`s."""
+    before = asyncio.new_event_loop
+    asyncio.new_event_loop = _SettledLoop  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        asyncio.new_event_loop = before
 
 
 def _orbax() -> Any:
