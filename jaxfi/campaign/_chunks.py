@@ -22,12 +22,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from jaxfi.data._extras import extra
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import BIT_MODELS, FAULT_MODELS
 from jaxfi.outcomes._outcomes import CRITICAL
+
+with extra("store"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 SCHEMA = pa.schema(
     [

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxfi.data._extras import DISTRIBUTION
 from jaxfi.engine._golden import Setup
 from jaxfi.network._graph import digest
 
@@ -36,7 +37,7 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
         "network_sha256": digest(setup.network),
         "batch_size": setup.batch_size,
         "nan": setup.nan,
-        "jaxfi": metadata.version("jaxfi"),
+        "jaxfi": metadata.version(DISTRIBUTION),
         "commit": commit(Path(__file__).parents[1]),
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),

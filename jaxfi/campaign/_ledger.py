@@ -6,14 +6,16 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from jaxfi.campaign._processes import Claims
-from jaxfi.campaign._store import Store, open_store
 from jaxfi.faults._list import FaultList
 from jaxfi.outcomes._outcomes import Results
+
+if TYPE_CHECKING:
+    from jaxfi.campaign._store import Store
 
 
 class Ledger(Protocol):
@@ -104,6 +106,8 @@ def open_directory(
       arrays: golden outputs and labels, [N, ...] each, to keep beside the results.
       process_index, num_processes: which process of the job this is, and of how many.
     """
+    from jaxfi.campaign._store import open_store  # only directories need its packages
+
     num_images = len(arrays["labels"])
     with open_store(
         directory, fingerprint, faults, num_images, values=values, process_index=process_index

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxfi.campaign._store import load
 from jaxfi.faults import FaultList
 from jaxfi.outcomes._outcomes import (
     Rates,
@@ -94,6 +93,8 @@ def load_campaign(directory: str | os.PathLike) -> Campaign:
 
     Raises FileNotFoundError, or ValueError naming what is missing or damaged.
     """
+    from jaxfi.campaign._store import load  # only directories need its packages
+
     stored = load(directory)
     golden, labels = stored.arrays["golden"], stored.arrays["labels"]
     return Campaign(stored.faults, *stored.results, golden, labels, stored.fingerprint)

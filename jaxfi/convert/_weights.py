@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.convert._layout import FLATTENED, from_torch_layout, to_torch_layout, torch_leaves
+from jaxfi.data._extras import extra
 
 PyTree = Any
 Path = str | os.PathLike
@@ -113,7 +114,8 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    import safetensors.numpy  # only this format needs it
+    with extra("convert"):  # only this format needs it
+        import safetensors.numpy
 
     try:
         return safetensors.numpy.load_file(path)
@@ -122,10 +124,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
+    with extra("torch"):
         import torch
-    except ImportError:
-        raise ImportError(f"{path}: reading it needs PyTorch; pip install torch") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, with pages of advice
@@ -144,11 +144,9 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_onnx(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
+    with extra("convert"):
         import onnx
         from onnx import numpy_helper
-    except ImportError:
-        raise ImportError(f"{path}: reading it needs the package onnx; pip install onnx") from None
     try:
         initializers = onnx.load(path).graph.initializer
         arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in initializers}

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxfi.data._extras import extra
+
 DATASETS = ("digits", "mnist", "cifar10")
 
 _CHANNEL_STATISTICS = {
@@ -96,8 +98,9 @@ def first_test_images(dataset: Dataset, num_images: int) -> tuple[np.ndarray, np
 
 
 def _digits(input_size: int) -> tuple[dict[str, np.ndarray], str]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with extra("data"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     scans = load_digits()
     pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)  # they count from 0 to 16
@@ -113,7 +116,8 @@ def _digits(input_size: int) -> tuple[dict[str, np.ndarray], str]:
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:
     """`[H, W]` or `[H, W, C]` to `[size, size, C]`, bilinear."""
-    from PIL import Image
+    with extra("data"):
+        from PIL import Image
 
     image = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
     if image.shape[:2] != (size, size):
@@ -136,7 +140,8 @@ def _tfds(name: str, input_size: int) -> tuple[dict[str, np.ndarray], str]:
 
 def _prepared_builder(name: str) -> Any:
     """A builder over files that exist: `tfds.data_source` would start to download instead."""
-    import tensorflow_datasets as tfds
+    with extra("data"):
+        import tensorflow_datasets as tfds
 
     command = f"python -c \"import tensorflow_datasets as tfds; tfds.data_source('{name}')\""
     try:
@@ -156,7 +161,8 @@ def _no_decoding() -> dict[str, Any]:
 
 
 def _decode(source: Any, input_size: int) -> tuple[np.ndarray, np.ndarray]:
-    from PIL import Image
+    with extra("data"):
+        from PIL import Image
 
     images, labels = [], []
     for start in range(0, len(source), 1000):

@@ -11,12 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import linen as nn
 
-from jaxfi.faults._transforms import PyTree
-from jaxfi.models._lenet import LeNet
-from jaxfi.models._resnet import ResNet, ResNet9, resnet18, resnet20, resnet32, resnet44
-from jaxfi.models._vgg import VGG, vgg11, vgg16
+from jaxfi.data._extras import extra
+from jaxfi.faults import PyTree
+
+with extra("train"):
+    from flax import linen as nn
+
+    from jaxfi.models._lenet import LeNet
+    from jaxfi.models._resnet import ResNet, ResNet9, resnet18, resnet20, resnet32, resnet44
+    from jaxfi.models._vgg import VGG, vgg11, vgg16
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,

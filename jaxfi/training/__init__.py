@@ -6,20 +6,23 @@ memory and as checkpoints; many members together (`train_sweep`); the sharpness 
 
 from __future__ import annotations
 
-from jaxfi.training._checkpoint import (
-    has_checkpoint,
-    load_checkpoint,
-    load_variables,
-    save_checkpoint,
-)
-from jaxfi.training._config import TrainConfig
-from jaxfi.training._convolution import with_matmul_convolutions
-from jaxfi.training._history import EpochRecord
-from jaxfi.training._loop import TrainResult, split, train
-from jaxfi.training._optimizers import OPTIMIZERS, make_optimizer
-from jaxfi.training._regularization import penalized_loss, penalized_value_and_grad
-from jaxfi.training._sharpness import LossSurface, loss_surface
-from jaxfi.training._sweep import NUMBERS, Member, train_sweep
+from jaxfi.data._extras import extra
+
+with extra("train"):
+    from jaxfi.training._checkpoint import (
+        has_checkpoint,
+        load_checkpoint,
+        load_variables,
+        save_checkpoint,
+    )
+    from jaxfi.training._config import TrainConfig
+    from jaxfi.training._convolution import with_matmul_convolutions
+    from jaxfi.training._history import EpochRecord
+    from jaxfi.training._loop import TrainResult, split, train
+    from jaxfi.training._optimizers import OPTIMIZERS, make_optimizer
+    from jaxfi.training._regularization import penalized_loss, penalized_value_and_grad
+    from jaxfi.training._sharpness import LossSurface, loss_surface
+    from jaxfi.training._sweep import NUMBERS, Member, train_sweep
 
 __all__ = [
     "NUMBERS",

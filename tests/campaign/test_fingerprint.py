@@ -70,7 +70,12 @@ def version_of(name: str, version: str):
 
 
 OTHER_MACHINES = {
-    "jaxfi": (fingerprint.metadata, "version", version_of("jaxfi", "9"), 'there and "9" here'),
+    "jaxfi": (
+        fingerprint.metadata,
+        "version",
+        version_of("jax-fault-injection", "9"),
+        'there and "9" here',
+    ),
     "jaxlib": (fingerprint.metadata, "version", version_of("jaxlib", "9"), 'there and "9" here'),
     "jax": (jax, "__version__", "9", 'there and "9" here'),
     "commit": (fingerprint, "commit", lambda folder: "abc", 'there and "abc" here'),
