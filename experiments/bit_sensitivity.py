@@ -204,7 +204,7 @@ def flip_bit(
     )  # fmt: skip
     labels = dataset.test_labels[: len(stored.images)]
     result = cumulative_accuracy(
-        stored.apply_fn, stored.words, trials, counts, stored.images, labels,
+        stored.apply_fn, stored.words, trials, stored.images, labels, counts,
         batch_size=settings.injection_batch_size,
         trials_together=settings.trials_together,
         nan=settings.nan,

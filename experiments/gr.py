@@ -32,10 +32,10 @@ from experiments.common.config import (
 from experiments.common.job import define_job_flags, join_from_flags, require_trained
 from jaxfi.campaign import Campaign, load_campaign, run_campaign
 from jaxfi.data import Dataset, first_test_images, load_dataset
-from jaxfi.faults import FaultList, fault_population, sample_faults, sample_size
+from jaxfi.faults import FaultList, fault_population, layer_of, sample_faults, sample_size
 from jaxfi.models import MODELS, PyTree, evaluation_function
 from jaxfi.outcomes import paired_difference
-from jaxfi.report import coverage, figures, layer_name, tables
+from jaxfi.report import coverage, figures, tables
 from jaxfi.testset import DETECTS
 from jaxfi.training import train
 
@@ -105,7 +105,7 @@ def layer_order(module: nn.Module, dataset: Dataset) -> list[str]:
         paths.extend(flatten_dict(variables["params"], sep="/"))  # a tree that leaves is sorted
 
     jax.eval_shape(record, jnp.zeros((1, *dataset.train_images.shape[1:]), jnp.float32))
-    return list(dict.fromkeys(map(layer_name, paths)))
+    return list(dict.fromkeys(map(layer_of, paths)))
 
 
 def list_faults(config: Config, params: PyTree) -> FaultList:

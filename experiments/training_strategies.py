@@ -257,7 +257,7 @@ def inject_all(
 
     def rows_of(name: str, epoch: int, variables: PyTree) -> Rows:
         result = cumulative_accuracy(
-            apply_fn, variables, trials, counts, images, labels, nan=settings.nan,
+            apply_fn, variables, trials, images, labels, counts, nan=settings.nan,
             batch_size=settings.injection_batch_size,
             trials_together=settings.trials_together,
         )  # fmt: skip

@@ -84,7 +84,7 @@ def plan_campaign(
         return module.apply({"params": params, **rest}, images)
 
     faults = list_faults(params)
-    costs = explain(apply_fn, params, images, faults, batch_size=batch_size)
+    costs = explain(apply_fn, params, faults, images, batch_size=batch_size)
     network = network_arithmetic(trace_network(apply_fn, params, batch)) / batch_size
     pairs = network * images.shape[0]
     return CampaignPlan(

@@ -26,7 +26,7 @@ from jaxfi.campaign._description import read_description, read_faults
 from jaxfi.campaign._ledger import Ledger, MemoryLedger, open_directory
 from jaxfi.campaign._run import FAULTS_PER_BLOCK
 from jaxfi.campaign._workers import split_blocks
-from jaxfi.outcomes import MASKED, Results
+from jaxfi.outcomes import MASKED
 
 CAMPAIGN = flags.DEFINE_string("campaign", "", "A finished campaign's directory.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that it is kept.")
@@ -37,7 +37,7 @@ def fill(ledger: Ledger, campaign: Campaign) -> None:
     rows = np.arange(len(campaign.faults))
     blocks = split_blocks(campaign.faults, rows, FAULTS_PER_BLOCK, 1)
     for block in ledger.unclaimed(blocks):
-        ledger.write(block, Results(*(array[block] for array in campaign.results)))
+        ledger.write(block, campaign.results.of_faults(block))
     ledger.results()
 
 
@@ -50,7 +50,7 @@ def keep(campaign: Campaign, values: tuple[np.ndarray, np.ndarray], directory: P
 
 def hold(campaign: Campaign) -> None:
     """The same without a directory."""
-    first = Results(*(array[:1] for array in campaign.results))
+    first = campaign.results.of_faults(slice(1))
     fill(MemoryLedger(first, np.ones(len(campaign.faults), bool)), campaign)
 
 

@@ -134,7 +134,7 @@ def measured_estimate(
       weights: [F], sum 1.
       fault_coverage: [F] share of the fault's stratum that was run.
       image_coverage: share of the published number of images that was run.
-      t: half width in standard errors; 2.58 is 99 %.
+      t: half width in standard errors; default 2.58, which is 99 %.
     """
     difference = happened.mean(axis=1) - published
     mean = float(weights @ happened.mean(axis=1))

@@ -23,6 +23,8 @@ from jaxfi.campaign._anytime import anytime_estimate, draw_until_kept
 from jaxfi.campaign._result import Campaign
 from jaxfi.campaign._run import run_campaign
 from jaxfi.campaign._strata import PILOT_LEAST, Strata, draw_strata_until_kept, stratified_estimates
+from jaxfi.faults._cutoff import checked_cutoff
+from jaxfi.faults._layers import layers_of
 from jaxfi.faults._list import FaultList, Stratum
 from jaxfi.faults._sampling import fault_population, sample_faults, sample_size
 from jaxfi.faults._transforms import PyTree
@@ -59,7 +61,8 @@ def run_sequential(
     *,
     key: int | jax.Array = 0,
     margin: float = 0.01,
-    t: float = 2.58,
+    t: float | None = None,
+    confidence: float | None = None,
     first: int = 500,
     workdir: str | os.PathLike | None = None,
     sampling: dict[str, Any] | None = None,
@@ -74,14 +77,15 @@ def run_sequential(
       apply_fn, params, images, labels: as in `run_campaign`; `settings` are its other arguments.
       key: of the order of the faults: the same key draws the same, however many are needed.
       margin: half width of every rate's interval, a fraction.
-      t: its confidence, as a cut-off of the normal distribution; 2.58 is 99 %.
+      t, confidence: how sure: a cut-off of the normal distribution, or such as 0.95; default
+        t = 2.58, which the studies take for 99 %.
       first: faults before the first look.
       workdir: keeps each stage; the same call there continues it.
       sampling: arguments of `sample_faults`: model, paths, bits, value.
 
     Raises as `run_campaign` and `sample_faults`.
     """
-    sampling = dict(sampling or {})
+    sampling, t = dict(sampling or {}), checked_cutoff(t, confidence)
     num_fixed = sample_size(fault_population(params), margin, t)
     population = _num_sites(params, sampling)
     done: list[Campaign] = []
@@ -107,7 +111,8 @@ def run_stratified(
     *,
     key: int | jax.Array = 0,
     margin: float = 0.01,
-    t: float = 2.58,
+    t: float | None = None,
+    confidence: float | None = None,
     pilot: int = 1000,
     workdir: str | os.PathLike | None = None,
     sampling: dict[str, Any] | None = None,
@@ -121,12 +126,12 @@ def run_stratified(
     Args:
       pilot: faults of the pilot, about: at least two a stratum are taken. Where the layers are too
         many for that, the smallest are taken as one.
-      apply_fn, params, images, labels, key, margin, t, workdir, sampling, settings: as in
-        `run_sequential`.
+      apply_fn, params, images, labels, key, margin, t, confidence, workdir, sampling, settings: as
+        in `run_sequential`.
 
     Raises as `run_campaign` and `sample_faults`.
     """
-    sampling = dict(sampling or {})
+    sampling, t = dict(sampling or {}), checked_cutoff(t, confidence)
     num_fixed = sample_size(fault_population(params), margin, t)
     strata, drawers = _layers_and_bits(key, params, sampling, pilot)
     done: list[Campaign] = []
@@ -178,7 +183,7 @@ def _layers_and_bits(
 def _layers(empty: FaultList, strata_of: Sequence[Stratum], pilot: int) -> list[str]:
     """Of each leaf, the layer that it is counted with: if a pilot of `pilot` faults has two for
     each bit of each layer, its own; if not, the largest layers are themselves, the rest are one."""
-    layers = [path.rpartition("/")[0] or path for path in empty.paths]
+    layers = layers_of(empty.paths)
     sites = dict.fromkeys(layers, 0)
     for leaf, bits, num_models in strata_of:
         sites[layers[leaf]] += math.prod(empty.shapes[leaf]) * len(bits) * num_models
@@ -226,4 +231,10 @@ def _joined(stages: Sequence[Campaign]) -> Campaign:
 
 
 def _concatenated(results: Sequence[Results]) -> Results:
-    return Results(*(np.concatenate(arrays) for arrays in zip(*results, strict=True)))
+    pairs = [part.pairs_correct for part in results if part.pairs_correct is not None]
+    return Results(
+        np.concatenate([part.outcomes for part in results]),
+        np.concatenate([part.due for part in results]),
+        np.concatenate([part.correct for part in results]),
+        np.concatenate(pairs) if len(pairs) == len(results) else None,
+    )

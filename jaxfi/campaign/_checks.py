@@ -75,11 +75,11 @@ def checked_memory(
 
     Args:
       budget: of each device; by default 70 % of it.
-      num_kept: outcomes on the host at a time; with its DUE, each takes two bytes.
+      num_kept: outcomes on the host at a time; with DUE and correctness, three bytes each.
       costs: of the leaves, where the engine plans its memory.
     """
     # CPU devices and the host share one memory.
-    kept = 2 * num_kept // len(devices) if devices[0].platform == "cpu" else 0
+    kept = 3 * num_kept // len(devices) if devices[0].platform == "cpu" else 0
     memory = (_default_budget(devices) if budget is None else budget) - kept
     if memory < (least := least_memory(costs)):
         raise ValueError(

@@ -95,9 +95,9 @@ def cumulative_accuracy(
     apply_fn: ApplyFn,
     params: PyTree,
     trials: Sequence[FaultList],
-    counts: Sequence[int],
     images: Any,
     labels: Any,
+    counts: Any,
     *,
     batch_size: int = 500,
     trials_together: int = 1,
@@ -110,8 +110,9 @@ def cumulative_accuracy(
         function for networks of the same shape is compiled once.
       params: any pytree of float or integer arrays.
       trials: T fault lists of one length.
-      counts: S rising numbers of faults, 0 is the fault-free network.
       images, labels: [N, ...] and [N] integers.
+      counts: S rising numbers of faults, 0 is the fault-free network. (In front of the images, as
+        in earlier versions, they are understood too.)
       batch_size: images that run together.
       trials_together: faulty networks that run together, vmapped. One is fastest on a CPU.
       nan: "critical" counts a prediction with a NaN as wrong; "argmax" goes by the argmax of NaN.
@@ -123,12 +124,14 @@ def cumulative_accuracy(
     >>> trial = FaultList.from_sites([("w", (0, 0), None), ("w", (1, 1), None)], params,
     ...                              model="zero")
     >>> images = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
-    >>> result = cumulative_accuracy(lambda p, x: x @ p["w"], params, [trial], [0, 1, 2],
-    ...                              images, [0, 1])
+    >>> result = cumulative_accuracy(lambda p, x: x @ p["w"], params, [trial], images, [0, 1],
+    ...                              [0, 1, 2])
     >>> result.accuracy.tolist()  # an output of zeros is class 0
     [[1.0, 1.0, 0.5]]
     """
     checked_nan_policy(nan)
+    if np.ndim(images) == 1 < np.ndim(labels):
+        images, labels, counts = labels, counts, images
     _check_counts(counts, trials)
     params = jax.tree.map(jnp.asarray, params)
     batches = _batches(images, labels, batch_size)

@@ -38,7 +38,7 @@ class MemoryLedger:
     """Of a campaign without a directory."""
 
     def __init__(self, golden: Results, activated: np.ndarray):
-        self._results = Results(*(np.repeat(a, len(activated), axis=0) for a in golden))
+        self._results = golden.repeated(len(activated))
         self._unfinished = activated.copy()
 
     def unfinished(self) -> np.ndarray:
@@ -49,7 +49,8 @@ class MemoryLedger:
 
     def write(self, rows: np.ndarray, results: Results) -> None:
         for whole, part in zip(self._results, results, strict=True):
-            whole[rows] = part
+            if whole is not None:
+                whole[rows] = part
         self._unfinished[rows] = False
 
     def results(self) -> Results:
@@ -66,7 +67,7 @@ class DirectoryLedger:
     def begin(self, golden: Results, activated: np.ndarray) -> None:
         """Writes the faults that are not activated."""
         for rows in self.unclaimed([np.flatnonzero(~activated)]):
-            self.write(rows, Results(*(np.repeat(a, len(rows), axis=0) for a in golden)))
+            self.write(rows, golden.repeated(len(rows)))
 
     def unfinished(self) -> np.ndarray:
         return ~self._store.finished()
@@ -82,7 +83,7 @@ class DirectoryLedger:
                     yield rows
 
     def write(self, rows: np.ndarray, results: Results) -> None:
-        self._store.write(rows, *results)
+        self._store.write(rows, results.outcomes, results.due, results.correct)
 
     def results(self) -> Results:
         return self._store.merge() if self._process_index == 0 else self._store.read()

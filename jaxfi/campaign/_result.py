@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from jaxfi.faults import FaultList
+from jaxfi.campaign._look import html_of, lines_of
+from jaxfi.campaign._parts import RateTable, rates_by, whole_rates
+from jaxfi.data._extras import extra
+from jaxfi.faults import FAULT_MODELS, FaultList, PyTree
+from jaxfi.faults._cutoff import checked_cutoff
+from jaxfi.faults._layers import LayerOf
 from jaxfi.outcomes._outcomes import (
+    CRITICAL,
+    MASKED,
+    NON_CRITICAL,
     Rates,
     Results,
     accuracy,
     checked_population,
-    estimate_rate,
-    per_fault_shares,
+    correct_predictions,
 )
 
+if TYPE_CHECKING:
+    import pandas
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Campaign:
     """The result of `run_campaign`.
 
@@ -31,6 +42,8 @@ class Campaign:
       golden: [N, classes] fault-free outputs.
       labels: [N] int32.
       provenance: what the result depends on: hashes, precision, batch size, seed, versions.
+      pairs_correct: [F, N] bool, the faulty prediction is the label; None where a directory kept
+        only the number of such images.
     """
 
     faults: FaultList
@@ -40,11 +53,27 @@ class Campaign:
     golden: np.ndarray
     labels: np.ndarray
     provenance: dict[str, Any]
+    pairs_correct: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        return "\n".join(lines_of(self))
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
+    def __len__(self) -> int:
+        return len(self.faults)
+
+    def __getitem__(self, rows: Any) -> Campaign:
+        """The campaign of the faults at `rows`: a slice, a mask, integers or one integer."""
+        rows = np.atleast_1d(np.arange(len(self.faults))[rows])
+        faults = dataclasses.replace(self.faults[rows], drawn_from=self.faults.drawn_from)
+        return dataclasses.replace(self, faults=faults, **self.results.of_faults(rows)._asdict())
 
     @property
     def results(self) -> Results:
-        """`outcomes`, `due` and `correct` together."""
-        return Results(self.outcomes, self.due, self.correct)
+        """`outcomes`, `due`, `correct` and `pairs_correct` together."""
+        return Results(self.outcomes, self.due, self.correct, self.pairs_correct)
 
     @property
     def num_due(self) -> np.ndarray:
@@ -66,26 +95,117 @@ class Campaign:
         """Correct faulty predictions / (faults x images)."""
         return float(self.correct.sum() / self.outcomes.size)
 
-    def rates(self, population: int | None = None, t: float = 2.58) -> Rates:
+    @overload
+    def rates(
+        self,
+        population: int | None = None,
+        t: float | None = None,
+        *,
+        confidence: float | None = None,
+        by: None = None,
+        images: Any = None,
+        layer_of: LayerOf | None = None,
+    ) -> Rates: ...
+
+    @overload
+    def rates(
+        self,
+        population: int | None = None,
+        t: float | None = None,
+        *,
+        confidence: float | None = None,
+        by: str | Sequence[str],
+        images: Any = None,
+        layer_of: LayerOf | None = None,
+    ) -> RateTable: ...
+
+    def rates(
+        self,
+        population: int | None = None,
+        t: float | None = None,
+        *,
+        confidence: float | None = None,
+        by: str | Sequence[str] | None = None,
+        images: Any = None,
+        layer_of: LayerOf | None = None,
+    ) -> Rates | RateTable:
         """Rates with intervals that take each fault as one cluster of images.
 
         Args:
           population: possible faults; default those that the list was drawn from.
-          t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+          t, confidence: of the intervals: a cut-off of the normal distribution, or such as 0.95;
+            default t = 2.58, which the studies take for 99 %.
+          by: "layer", "bit", "model" or several of them: a table with a row for each.
+          images: a mask [N], or numbers of images: the rates on those alone.
+          layer_of: the layer of a leaf's path, where `jaxfi.faults.layer_of` does not say it right.
 
-        Returns fractions. `jaxfi.outcomes.estimate_rate` has the source. Raises ValueError for a t
-        that is not positive, or a population of fewer faults than the list.
+        Returns fractions. `jaxfi.outcomes.estimate_rate` has the source. Raises ValueError for what
+        is out of range, a population of fewer faults than the list, or images whose correct
+        predictions a directory did not keep.
         """
-        if population is None:
-            population = self.faults.population
-        checked_population(population, len(self.faults))
-        if not 0 < t < float("inf"):
-            raise ValueError(f"t {t} is out of range: allowed is t > 0")
-        num_images = self.outcomes.shape[1]
-        return Rates(*(
-            estimate_rate(per_fault_shares(self.results, rate), num_images, population, t)
-            for rate in Rates._fields
-        ))  # fmt: skip
+        t = checked_cutoff(t, confidence)
+        results = self.results if images is None else self._of_images(images)
+        if by is not None:
+            return rates_by(self.faults, results, by, t, layer_of)
+        return whole_rates(results, checked_population(population, self.faults), t)
+
+    def to_pandas(self, params: PyTree | None = None) -> pandas.DataFrame:
+        """One row a fault, with the columns of the Parquet files: row, path, index, element, bit,
+        model, and the numbers of images that are masked, non-critical, critical, DUE and correct;
+        with the campaign's `params` also value_before and value_after.
+
+        Raises ImportError where pandas is not installed.
+        """
+        with extra("report"):
+            import pandas
+
+        faults = self.faults
+        counts = {
+            name: np.count_nonzero(self.outcomes == outcome, axis=1)
+            for name, outcome in (
+                ("masked", MASKED), ("non_critical", NON_CRITICAL), ("critical", CRITICAL),
+            )
+        }  # fmt: skip
+        values = {}
+        if params is not None:
+            values = dict(zip(("value_before", "value_after"), faults.values(params), strict=True))
+        return pandas.DataFrame(
+            {
+                "row": np.arange(len(faults)),
+                "path": np.array(faults.paths)[faults.leaf],
+                "index": [str(index) for index in faults.indices()],
+                "element": faults.element,
+                "bit": pandas.array(np.where(faults.bit < 0, 0, faults.bit), "Int16"),
+                "model": np.array(FAULT_MODELS)[faults.model],
+                **values,
+                **counts,
+                "due": self.num_due,
+                "correct": self.correct,
+            }
+        ).assign(bit=lambda table: table["bit"].mask(faults.bit < 0))
+
+    def _of_images(self, images: Any) -> Results:
+        """The results on these images alone."""
+        chosen = np.arange(len(self.labels))[np.asarray(images)]
+        if not chosen.size or chosen.ndim != 1:
+            raise ValueError(f"images choose {chosen.shape}: allowed are one image or more, [N]")
+        pairs = self.pairs_correct
+        if pairs is None:
+            pairs = self._derived_correct(chosen)
+        pairs = pairs[:, chosen]
+        return Results(self.outcomes[:, chosen], self.due[:, chosen], pairs.sum(axis=1), pairs)
+
+    def _derived_correct(self, chosen: np.ndarray) -> np.ndarray:
+        """`pairs_correct` where outcomes tell it: of images that the golden network gets right."""
+        right = correct_predictions(self.golden, self.labels, self.provenance["nan"])
+        derived = right & (self.outcomes != CRITICAL)
+        critical = np.any(self.outcomes[:, chosen[~right[chosen]]] == CRITICAL)
+        if critical and np.any(derived.sum(axis=1) != self.correct):
+            raise ValueError(
+                "the directory kept how many predictions of a fault are correct, not which: "
+                "allowed are images that the fault-free network gets right"
+            )
+        return derived
 
 
 def load_campaign(directory: str | os.PathLike) -> Campaign:
@@ -97,4 +217,4 @@ def load_campaign(directory: str | os.PathLike) -> Campaign:
 
     stored = load(directory)
     golden, labels = stored.arrays["golden"], stored.arrays["labels"]
-    return Campaign(stored.faults, *stored.results, golden, labels, stored.fingerprint)
+    return Campaign(stored.faults, *stored.results[:3], golden, labels, stored.fingerprint)

@@ -131,7 +131,7 @@ def run_campaign(
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()
-    return Campaign(faults, *results, golden, labels, provenance)
+    return Campaign(faults, *results[:3], golden, labels, provenance, results.pairs_correct)
 
 
 class _Work(NamedTuple):
@@ -161,7 +161,7 @@ class _Work(NamedTuple):
         golden, labels = self.setup.golden, self.setup.labels
         verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, self.setup.nan))
         correct = np.array([verdict.correct.sum()], np.int32)
-        return Results(verdict.outcome[None], verdict.due[None], correct)
+        return Results(verdict.outcome[None], verdict.due[None], correct, verdict.correct[None])
 
 
 def leaf_price(cost: LeafCost) -> Price:

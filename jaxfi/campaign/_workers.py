@@ -168,4 +168,4 @@ def run_checked(
             "its place in the batch, so outcomes would be wrong. Nothing is reported; "
             "try engine='reference' or another batch_size"
         )
-    return Results(*(array[place[: len(faults)]] for array in results))
+    return results.of_faults(place[: len(faults)])

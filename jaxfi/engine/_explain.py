@@ -71,7 +71,8 @@ def explain(
     apply_fn: ApplyFn,
     params: PyTree,
     images: Any,
-    faults: FaultList | None = None,
+    faults: Any = None,
+    labels: Any = None,
     *,
     batch_size: int = 100,
     precision: str = "highest",
@@ -83,7 +84,8 @@ def explain(
 
     Args:
       apply_fn, params, images, batch_size, precision: as in `run_campaign`.
-      faults: counted per leaf; None counts none.
+      faults: counted per leaf; None counts none. They may stand before the images, as there.
+      labels: not looked at.
 
     Returns one `LeafCost` a leaf, in the order of `jax.tree.leaves(params)`. Raises ValueError or
     TypeError for arguments that do not fit, and for a function whose outputs are not float
@@ -94,6 +96,8 @@ def explain(
     >>> explain(lambda p, x: x @ p["w"], params, images)[0].method
     'columns'
     """
+    if isinstance(images, FaultList):
+        images, faults = faults, images
     batch_size = min(checked_integer("batch_size", batch_size, 1), images.shape[0])
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
     if faults is not None:

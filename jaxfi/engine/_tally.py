@@ -23,7 +23,7 @@ class Tally:
         self._golden_due = np.asarray(golden.due)
         self._golden_correct = np.asarray(golden.correct)
         self.outcome, self.due = np.empty(shape, np.uint8), np.empty(shape, bool)
-        self.correct = np.empty(num_faults, np.int32)
+        self.correct = np.empty(shape, bool)
         self._waiting: list[tuple] = []
         self.forget(np.arange(num_faults))
 
@@ -31,7 +31,7 @@ class Tally:
         """Makes these faults golden again, whatever was added."""
         self.results()
         self.outcome[rows], self.due[rows] = MASKED, self._golden_due
-        self.correct[rows] = self._golden_correct.sum()
+        self.correct[rows] = self._golden_correct
 
     def add_batch(self, row: int, number: int, outputs: jax.Array, golden: jax.Array | None = None):
         """Outputs [batch, classes] of one fault on one whole batch."""
@@ -51,7 +51,8 @@ class Tally:
     def results(self) -> Results:
         while self._waiting:
             self._settle(self._waiting.pop(0))
-        return Results(self.outcome, self.due, self.correct)
+        counts = self.correct.sum(axis=1, dtype=np.int32)
+        return Results(self.outcome, self.due, counts, self.correct)
 
     def _settle(self, waiting: tuple) -> None:
         rows, images, verdict = waiting
@@ -62,8 +63,7 @@ class Tally:
     def _record(self, rows: np.ndarray, images: np.ndarray, verdict) -> None:
         self.outcome[rows, images] = verdict.outcome
         self.due[rows, images] = verdict.due
-        change = verdict.correct.astype(np.int32) - self._golden_correct[images]
-        np.add.at(self.correct, rows, change)
+        self.correct[rows, images] = verdict.correct
 
 
 _JUDGES = {

@@ -7,6 +7,7 @@ In: a parameter tree. Out: a `FaultList`, a table on the host; and the pure tran
 from __future__ import annotations
 
 from jaxfi.faults._bit_effects import BitEffect, bit_effects, stored_weights
+from jaxfi.faults._layers import layer_of
 from jaxfi.faults._list import FaultList, Stratum
 from jaxfi.faults._sampling import (
     STUCK_AT,
@@ -42,6 +43,7 @@ __all__ = [
     "exhaustive_faults",
     "fault_population",
     "inject",
+    "layer_of",
     "leaf_paths",
     "sample_faults",
     "sample_size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import io
 import os
 from collections.abc import Iterable, Sequence
@@ -45,7 +46,7 @@ class Stratum(NamedTuple):
     num_models: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FaultList:
     """An ordered list of F faults in the leaves of one parameter tree (NumPy, on the host).
 
@@ -110,6 +111,35 @@ class FaultList:
     def __len__(self) -> int:
         return len(self.leaf)
 
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        bits, counts = np.unique(self.bit, return_counts=True)
+        most = counts.max(initial=1)
+        bars = "".join(
+            f'<rect x="{14 * n}" y="{40 - 40 * count / most:.1f}" width="12" '
+            f'height="{40 * count / most:.1f}" fill="#7fa8c9"><title>'
+            f"{'no bit' if bit < 0 else f'bit {bit}'}: {count:,} faults</title></rect>"
+            for n, (bit, count) in enumerate(zip(bits[::-1], counts[::-1], strict=True))
+        )
+        svg = f'<svg width="{14 * len(bits)}" height="40" role="img">{bars}</svg>'
+        return f"<div><pre>{html.escape(repr(self))}</pre>{svg}<div>faults by bit</div></div>"
+
+    def _lines(self) -> list[str]:
+        """Sizes, models and bits, and how to go on."""
+        models = _most(np.array(FAULT_MODELS)[self.model])
+        where = _most(np.array(self.paths)[self.leaf])
+        bits = np.unique(self.bit[self.bit >= 0])
+        of_bits = f"; bits {bits.min()} to {bits.max()}" if len(bits) else ""
+        return [
+            f"FaultList: {len(self):,} faults in {len(np.unique(self.leaf))} of "
+            f"{len(self.paths)} leaves, of {self.population:,} possible",
+            f"  {models}{of_bits}",
+            f"  {where}",
+            "  go on: [rows], +, .values(params), .to_csv(path), jaxfi.run_campaign",
+        ]
+
     def __getitem__(self, rows: Any) -> FaultList:
         """The faults at `rows`, a list again: a slice, a mask, an integer array or one integer."""
         columns: dict[str, Any] = {
@@ -118,13 +148,20 @@ class FaultList:
         return dataclasses.replace(self, drawn_from=None, **columns)
 
     def __add__(self, other: FaultList) -> FaultList:
-        """Both lists, of the same parameters, one after the other; ValueError for others."""
+        """Both lists, of the same parameters, one after the other; ValueError for others.
+
+        Where it is known what each was drawn from, the possible faults add up, as of flips and
+        stuck-ats; of two draws from the same faults they are counted twice, which makes an interval
+        rather too wide than too narrow.
+        """
         if self._leaves() != other._leaves():
             raise ValueError("the fault lists are for different parameters: allowed are the same")
         columns: dict[str, Any] = {
             n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in _COLUMNS
         }
-        return dataclasses.replace(self, drawn_from=None, **columns)
+        known = self.drawn_from is not None and other.drawn_from is not None
+        drawn_from = (*(self.drawn_from or ()), *(other.drawn_from or ())) if known else None
+        return dataclasses.replace(self, drawn_from=drawn_from, **columns)
 
     def nulls(self, elements: np.ndarray) -> FaultList:
         """Faults that change nothing, at these elements of the first fault's leaf."""
@@ -351,3 +388,13 @@ class FaultList:
                 raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
+
+
+def _most(values: np.ndarray, shown: int = 4) -> str:
+    """`120 conv1/kernel, 30 fc/kernel, 5 in 3 others`."""
+    names, counts = np.unique(values, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    texts = [f"{counts[n]:,} {names[n]}" for n in order[:shown]]
+    if len(order) > shown:
+        texts.append(f"{counts[order[shown:]].sum():,} in {len(order) - shown} others")
+    return ", ".join(texts) or "none"

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxfi.faults._cutoff import checked_cutoff
+from jaxfi.faults._layers import LayerOf, layers_of
 from jaxfi.faults._list import FaultList, Stratum
 from jaxfi.faults._sites import checked_integer, checked_model, checked_value
 from jaxfi.faults._transforms import BIT_MODELS, FAULT_MODELS, PyTree, word_bits
@@ -38,7 +40,14 @@ def fault_population(params: PyTree) -> int:
     return FaultList.from_arrays(params, [], [], [], []).population
 
 
-def sample_size(population: int, margin: float = 0.01, t: float = 2.58, p: float = 0.5) -> int:
+def sample_size(
+    population: int,
+    margin: float = 0.01,
+    t: float | None = None,
+    p: float = 0.5,
+    *,
+    confidence: float | None = None,
+) -> int:
     """Faults to inject so that a rate is known within `margin`.
 
     n = N / (1 + e^2 (N - 1) / (t^2 p (1 - p))), rounded (Leveugle et al., DATE 2009).
@@ -46,7 +55,8 @@ def sample_size(population: int, margin: float = 0.01, t: float = 2.58, p: float
     Args:
       population: N, possible faults.
       margin: e, half width of the interval, a fraction.
-      t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+      t, confidence: a cut-off of the normal distribution, or a confidence such as 0.95; default
+        t = 2.58, which the studies take for 99 %.
       p: expected rate; 0.5 is the safe choice.
 
     Raises ValueError for a population below 1, or margin, t or p out of range.
@@ -58,8 +68,7 @@ def sample_size(population: int, margin: float = 0.01, t: float = 2.58, p: float
         raise ValueError(f"population {population} is too small: allowed are integers >= 1")
     if not 0 < margin < 1:
         raise ValueError(f"margin {margin} is out of range: allowed is 0 < margin < 1")
-    if not 0 < t < float("inf"):
-        raise ValueError(f"t {t} is out of range: allowed is t > 0")
+    t = checked_cutoff(t, confidence)
     if not 0 < p < 1:
         raise ValueError(f"p {p} is out of range: allowed is 0 < p < 1")
     return round(population / (1 + margin**2 * (population - 1) / (t**2 * p * (1 - p))))
@@ -75,6 +84,7 @@ def sample_faults(
     paths: str | Sequence[str] = "*",
     bits: Sequence[int] | None = None,
     value: float | None = None,
+    layer_of: LayerOf | None = None,
 ) -> FaultList:
     """Draws distinct fault sites, uniform within each stratum.
 
@@ -83,13 +93,14 @@ def sample_faults(
       params: the parameter tree.
       num_faults: faults to draw, exactly.
       model: one of `FAULT_MODELS`, or "stuck-at" for both polarities.
-      by: "layer" deals the faults to the layers (the leaves' parents) in proportion to their
+      by: "layer" deals the faults to the layers (`layer_of`) in proportion to their
         fault sites (with one dtype: to their parameters), largest remainders first; "bit" deals
         them equally to the bit positions, or in proportion where one runs out of sites; "network"
         draws from all sites at once.
       paths: pattern or patterns (fnmatch) that a leaf's path must match, `layer3/*`.
       bits: bit positions allowed; None for all. Models without a bit do not look at it.
       value: what the model "value" writes, rounded to the leaf's dtype.
+      layer_of: the layer of a leaf's path; default `jaxfi.faults.layer_of`.
 
     Raises ValueError for more faults than sites, a pattern that matches nothing, a bit outside
     the word, a value that does not fit, or an unknown name.
@@ -108,7 +119,7 @@ def sample_faults(
         raise ValueError(
             f"num_faults {num_faults} is out of range: there are {sum(counts)} fault sites"
         )
-    strata = _strata(empty.paths, leaves, by)
+    strata = _strata(layers_of(empty.paths, layer_of), leaves, by)
     capacity = [sum(_site_counts(empty, stratum, model)) for stratum in strata]
     # Dealing by bit is equal, unless a position runs out of sites (8-bit beside 32-bit leaves).
     weights = [min(min(capacity) if by == "bit" else c, c) for c in capacity]
@@ -185,7 +196,7 @@ def _checked_bits(bits: Any) -> list[int]:
     return sorted({checked_integer("bit", bit) for bit in bits})
 
 
-def _strata(paths: tuple[str, ...], leaves: _Stratum, by: str) -> list[_Stratum]:
+def _strata(layers: list[str], leaves: _Stratum, by: str) -> list[_Stratum]:
     if by == "network":
         return [leaves]
     if by == "bit":
@@ -193,7 +204,7 @@ def _strata(paths: tuple[str, ...], leaves: _Stratum, by: str) -> list[_Stratum]
         return [[(leaf, (bit,)) for leaf, bits in leaves if bit in bits] for bit in positions]
 
     def layer(site: tuple[int, tuple[int, ...]]) -> str:
-        return paths[site[0]].rpartition("/")[0] or paths[site[0]]
+        return layers[site[0]]
 
     return [list(group) for _, group in groupby(sorted(leaves, key=layer), key=layer)]
 

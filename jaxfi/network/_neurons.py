@@ -35,6 +35,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from jaxfi.faults import layer_of
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import (
     BIT_MODELS,
@@ -294,7 +295,7 @@ def layer_outputs(network: Network) -> dict[str, list[core.Var]]:
 def _by_layer(leaves: Iterable[int], paths: Sequence[str]) -> dict[str, frozenset[int]]:
     layers: dict[str, frozenset[int]] = {}
     for leaf in leaves:
-        layer = paths[leaf].rpartition("/")[0] or paths[leaf]
+        layer = layer_of(paths[leaf])
         layers[layer] = layers.get(layer, frozenset()) | {leaf}
     return layers
 

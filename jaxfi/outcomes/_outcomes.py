@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfi.faults import FaultList
+from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._transforms import to_words
 
 MASKED, NON_CRITICAL, CRITICAL = 0, 1, 2
@@ -53,11 +55,22 @@ class Results(NamedTuple):
       outcomes: [F, N] uint8, 0 masked, 1 non-critical, 2 critical.
       due: [F, N] bool, the faulty output holds NaN or Inf.
       correct: [F] int32, images whose faulty prediction is the label.
+      pairs_correct: [F, N] bool, those images; None where only their number was kept.
     """
 
     outcomes: np.ndarray
     due: np.ndarray
     correct: np.ndarray
+    pairs_correct: np.ndarray | None = None
+
+    def of_faults(self, rows: Any) -> Results:
+        """What came of the faults at `rows`: a slice, a mask or [k] integers."""
+        pairs = None if self.pairs_correct is None else self.pairs_correct[rows]
+        return Results(self.outcomes[rows], self.due[rows], self.correct[rows], pairs)
+
+    def repeated(self, num_faults: int) -> Results:
+        """The one fault's results, for as many faults."""
+        return self.of_faults(np.zeros(num_faults, np.int64))
 
 
 class Verdict(NamedTuple):
@@ -133,8 +146,13 @@ def classify(
 
 def accuracy(outputs: np.ndarray, labels: np.ndarray, nan: str) -> float:
     """Share of outputs [N, classes] that predict their label; `nan` as in `judge`."""
+    return float(np.mean(correct_predictions(outputs, labels, nan)))
+
+
+def correct_predictions(outputs: np.ndarray, labels: np.ndarray, nan: str) -> np.ndarray:
+    """[N] bool: outputs [N, classes] that predict their label; `nan` as in `judge`."""
     with _own_precision(outputs):
-        return float(np.mean(np.asarray(judge(outputs, outputs, labels, nan).correct)))
+        return np.asarray(judge(outputs, outputs, labels, nan).correct)
 
 
 def _own_precision(*outputs: Any) -> contextlib.AbstractContextManager:
@@ -149,7 +167,12 @@ def shares(outcomes: np.ndarray, outcome: int) -> np.ndarray:
 
 
 def estimate_rate(
-    per_fault: np.ndarray, num_images: int, population: int, t: float = 2.58
+    per_fault: np.ndarray,
+    num_images: int,
+    population: float,
+    t: float | None = None,
+    *,
+    confidence: float | None = None,
 ) -> Estimate:
     """Mean of per-fault shares, with an interval that takes each fault as one cluster.
 
@@ -165,11 +188,11 @@ def estimate_rate(
       per_fault: [F] shares in [0, 1].
       num_images: images per fault; caps the effective sample size at all pairs.
       population: N, possible faults; of a census, F = N, the interval has no width.
-      t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+      t, confidence: of the interval, see `checked_cutoff`; default 99 %.
 
     Raises ValueError for no faults or no images.
     """
-    num_faults = len(per_fault)
+    t, num_faults = checked_cutoff(t, confidence), len(per_fault)
     if num_faults == 0 or num_images == 0:
         raise ValueError(f"no rate of {num_faults} faults x {num_images} images: both must be > 0")
     mean = float(np.mean(per_fault))
@@ -193,7 +216,12 @@ def _design_effect(per_fault: np.ndarray, t: float) -> float:
 
 
 def estimate_difference(
-    before: np.ndarray, after: np.ndarray, population: int, t: float = 2.58
+    before: np.ndarray,
+    after: np.ndarray,
+    population: float,
+    t: float | None = None,
+    *,
+    confidence: float | None = None,
 ) -> Estimate:
     """Mean of `after - before` over faults that were injected into both, with its interval.
 
@@ -203,7 +231,7 @@ def estimate_difference(
 
     Args:
       before, after: [F] shares of the same fault list.
-      population, t: as in `estimate_rate`.
+      population, t, confidence: as in `estimate_rate`.
 
     Raises ValueError for no faults or lists of two lengths.
     """
@@ -211,6 +239,7 @@ def estimate_difference(
         raise ValueError(
             f"cannot pair {len(before)} faults with {len(after)}: allowed is F = F > 0"
         )
+    t = checked_cutoff(t, confidence)
     difference = np.asarray(after) - np.asarray(before)
     num_faults, mean = len(difference), float(np.mean(difference))
     correction = max(1 - num_faults / population, 0.0)
@@ -223,8 +252,9 @@ def paired_difference(
     before: Any,
     after: Any,
     rate: str = "masked",
-    t: float = 2.58,
+    t: float | None = None,
     *,
+    confidence: float | None = None,
     population: int | None = None,
 ) -> Estimate:
     """How much a rate differs between two campaigns with the same faults, `after - before`.
@@ -232,7 +262,7 @@ def paired_difference(
     Args:
       before, after: campaigns (`jaxfi.Campaign`) of the same fault list.
       rate: "masked", "non_critical", "critical", "due" or "faulty_accuracy".
-      t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+      t, confidence: of the interval, see `checked_cutoff`; default 99 %.
       population: possible faults; default those that the list was drawn from.
 
     Returns the mean over faults of the difference of their shares, a fraction, with the interval of
@@ -244,17 +274,18 @@ def paired_difference(
     if before.faults != after.faults:
         raise ValueError("the campaigns have different fault lists: a paired difference needs one")
     first, second = (per_fault_shares(campaign.results, rate) for campaign in (before, after))
-    if population is None:
-        population = before.faults.population
-    population = checked_population(population, len(before.faults))
-    return estimate_difference(first, second, population, t)
+    known = checked_population(population, before.faults)
+    return estimate_difference(first, second, known, t, confidence=confidence)
 
 
-def checked_population(population: int, num_faults: int) -> int:
-    """`population` if it can hold the faults; else ValueError."""
-    if population < num_faults:
-        raise ValueError(f"population {population} is less than the {num_faults} faults")
-    return population
+def checked_population(population: int | None, faults: FaultList) -> float:
+    """Possible faults: those given, ValueError if they cannot hold the list; by default those that
+    the list was drawn from, infinitely many if it repeats faults and so is longer."""
+    if population is not None:
+        if population < len(faults):
+            raise ValueError(f"population {population} is less than the {len(faults)} faults")
+        return population
+    return faults.population if faults.population >= len(faults) else math.inf
 
 
 def per_fault_shares(results: Results, rate: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.outcomes._outcomes import Estimate
 
 _EXACT_UP_TO = 40  # trials: two halves of a million patterns of signs each
@@ -182,18 +183,25 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float], t: float = 2.58) -> Estimate:
+def rank_correlation(
+    x: Sequence[float],
+    y: Sequence[float],
+    t: float | None = None,
+    *,
+    confidence: float | None = None,
+) -> Estimate:
     """Spearman's ρ with the interval of Bonett and Wright (Psychometrika, 2000).
 
     Args:
       x, y: n numbers each; ties share their mean rank.
-      t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+      t, confidence: of the interval, as in `estimate_rate`.
 
     Where x or y is constant or empty ρ is NaN; below 4 pairs the interval is all of [-1, 1].
 
     >>> round(rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]).value, 2)
     0.8
     """
+    t = checked_cutoff(t, confidence)
     if len(x) != len(y):
         raise ValueError(f"cannot correlate {len(x)} numbers with {len(y)}: allowed is n = n")
     if len(x) == 0:

@@ -13,14 +13,10 @@ with extra("report"):
     from jaxfi.report._by_arithmetic import masked_beyond, masked_by_arithmetic
     from jaxfi.report._heatmap import heat_map
     from jaxfi.report._html import write_report
-    from jaxfi.report._shares import layer_name, shares_by_bit, shares_by_layer
 
 __all__ = [
     "heat_map",
-    "layer_name",
     "masked_beyond",
     "masked_by_arithmetic",
-    "shares_by_bit",
-    "shares_by_layer",
     "write_report",
 ]

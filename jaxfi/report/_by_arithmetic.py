@@ -10,9 +10,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from jaxfi.campaign._result import Campaign
+from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._transforms import word_bits
-from jaxfi.outcomes._outcomes import MASKED, Estimate, estimate_rate, shares
-from jaxfi.report._shares import fault_dtype, shares_by_bit
+from jaxfi.outcomes._outcomes import MASKED, Estimate
+from jaxfi.report._shares import fault_dtype, parts_by_bit
 from jaxfi.report._style import (
     ERROR_BARS,
     SERIES_STYLES,
@@ -27,17 +28,19 @@ _NETWORK = {"facecolor": "#d5e5f0", "edgecolor": "#12466b", "linewidth": 0.6}
 _ROUNDING = {"facecolor": "#f0c9a4", "edgecolor": "#c8601b", "linewidth": 0.6, "hatch": "////"}
 
 
-def masked_by_arithmetic(campaigns: Mapping[str, Campaign], t: float = 2.58) -> Figure:
+def masked_by_arithmetic(
+    campaigns: Mapping[str, Campaign], t: float | None = None, *, confidence: float | None = None
+) -> Figure:
     """Masked share by bit position, one line an arithmetic, and the whole share divided in two.
 
     Args:
       campaigns: campaigns of the same faults and images by the arithmetic's name. The first is
         the one to compare with: what others mask beyond it is the rounding's.
-      t: half width of the intervals in standard errors; 2.58 is 99 %.
+      t, confidence: of the intervals, as in `Campaign.rates`.
 
     Raises ValueError if the campaigns have other faults than the first, or no bit positions.
     """
-    first = next(iter(campaigns.values()))
+    first, t = next(iter(campaigns.values())), checked_cutoff(t, confidence)
     for name, campaign in campaigns.items():
         if campaign.faults != first.faults or campaign.outcomes.shape != first.outcomes.shape:
             raise ValueError(f"campaign {name!r} has other faults or images than the first")
@@ -61,7 +64,7 @@ def masked_beyond(first: Campaign, other: Campaign) -> np.ndarray:
 def _draw_bits(axes: Axes, campaigns: Mapping[str, Campaign], t: float) -> None:
     offsets = np.linspace(0.22, -0.22, len(campaigns)) if len(campaigns) > 1 else [0.0]
     for number, (name, campaign) in enumerate(campaigns.items()):
-        parts = shares_by_bit(campaign, t)
+        parts = parts_by_bit(campaign, t)
         bits = np.array([int(part.name) for part in parts]) + offsets[number]
         masked = [part.masked for part in parts]
         style = SERIES_STYLES[number % len(SERIES_STYLES)]
@@ -103,8 +106,7 @@ def _draw_whole(axes: Axes, campaigns: Mapping[str, Campaign], t: float) -> None
 
 
 def _masked(campaign: Campaign, t: float) -> Estimate:
-    per_fault = shares(campaign.outcomes, MASKED)
-    return estimate_rate(per_fault, campaign.outcomes.shape[1], campaign.faults.population, t)
+    return campaign.rates(t=t).masked
 
 
 def _short(names: Sequence[str]) -> list[str]:

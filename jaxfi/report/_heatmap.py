@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from jaxfi.campaign._result import Campaign
+from jaxfi.faults._layers import layers_of
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import word_bits
 from jaxfi.outcomes._outcomes import per_fault_shares
 from jaxfi.report._page import literal
-from jaxfi.report._shares import BitFields, bit_fields, fault_dtype, layer_name
+from jaxfi.report._shares import BitFields, bit_fields, fault_dtype
 from jaxfi.report._style import print_style
 
 _WIDTH = 10.0  # inches: a landscape page or a screen
@@ -55,7 +56,7 @@ class BitShares(NamedTuple):
 def shares_by_layer_and_bit(campaign: Campaign) -> BitShares:
     """Outcome shares of each layer and bit position; a layer is the leaves under one module."""
     faults = campaign.faults
-    names = [layer_name(path) for path in faults.paths]
+    names = layers_of(faults.paths)
     layers = list(dict.fromkeys(names[leaf] for leaf in np.unique(faults.leaf)))
     row_of_leaf = np.array([layers.index(name) if name in layers else -1 for name in names])
     bits = _columns(faults)

@@ -10,9 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxfi.campaign._parts import Part, rates_by
 from jaxfi.campaign._result import Campaign
+from jaxfi.faults._cutoff import checked_cutoff
+from jaxfi.faults._layers import LayerOf
 from jaxfi.outcomes._outcomes import Estimate
-from jaxfi.report._shares import Part, fault_dtype, shares_by_bit, shares_by_layer
+from jaxfi.report._shares import fault_dtype, parts_by_bit
 from jaxfi.report._style import (
     ERROR_BARS,
     SERIES_STYLES,
@@ -32,17 +35,19 @@ OUTCOME_STYLES = {
 _FEW_FAULTS = 30  # an arrow at the axis' end stands for the interval of a layer with fewer
 
 
-def outcome_shares(campaigns: Mapping[str, Campaign], t: float = 2.58) -> Figure:
+def outcome_shares(
+    campaigns: Mapping[str, Campaign], t: float | None = None, *, confidence: float | None = None
+) -> Figure:
     """One stacked bar a network: masked, not critical and critical, with intervals.
 
     Args:
       campaigns: campaigns by the name to print beside the bar.
-      t: half-width of the intervals in standard errors; 2.58 is 99 %.
+      t, confidence: of the intervals, as in `Campaign.rates`.
     """
     with print_style():
         figure = Figure(figsize=(TEXT_WIDTH, 1.15 + 0.42 * len(campaigns)), layout="constrained")
         axes = figure.subplots()
-        rates = [campaign.rates(t=t) for campaign in campaigns.values()]
+        rates = [campaign.rates(t=t, confidence=confidence) for campaign in campaigns.values()]
         columns = [[getattr(r, name) for r in rates] for name in ("masked", "non_critical")]
         critical = [r.critical for r in rates]
         _stack(axes, np.arange(len(rates)), [*columns, critical], horizontal=True, thickness=0.62)
@@ -55,20 +60,22 @@ def outcome_shares(campaigns: Mapping[str, Campaign], t: float = 2.58) -> Figure
         return figure
 
 
-def outcomes_by_bit(campaigns: Mapping[str, Campaign], t: float = 2.58) -> Figure:
+def outcomes_by_bit(
+    campaigns: Mapping[str, Campaign], t: float | None = None, *, confidence: float | None = None
+) -> Figure:
     """One panel a network: a stacked bar for every bit position, fields of the word marked.
 
     Args:
       campaigns: campaigns by panel title. Raises ValueError where no fault has a bit, or the
         faulty leaves have several dtypes.
-      t: half-width of the intervals in standard errors; 2.58 is 99 %.
+      t, confidence: of the intervals, as in `Campaign.rates`.
     """
     with print_style():
         height = 0.9 + 1.55 * len(campaigns)
         figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")
         panels = figure.subplots(len(campaigns), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, campaign) in zip(panels, campaigns.items(), strict=True):
-            parts = shares_by_bit(campaign, t)
+            parts = parts_by_bit(campaign, t, confidence)
             columns = [_column(parts, k) for k in ("masked", "non_critical", "critical")]
             _stack(axes, np.array([int(part.name) for part in parts]), columns, thickness=0.84)
             dtype = fault_dtype(campaign.faults)
@@ -81,19 +88,29 @@ def outcomes_by_bit(campaigns: Mapping[str, Campaign], t: float = 2.58) -> Figur
 
 
 def critical_by_layer(
-    campaigns: Mapping[str, Campaign], order: Sequence[str] | None = None, t: float = 2.58
+    campaigns: Mapping[str, Campaign],
+    order: Sequence[str] | None = None,
+    t: float | None = None,
+    *,
+    confidence: float | None = None,
+    layer_of: LayerOf | None = None,
 ) -> Figure:
     """Critical share of each layer's faults, one marker a network, with intervals.
 
     Args:
       campaigns: campaigns by legend label.
       order: layer names from input to output; None takes the parameter tree's order.
-      t: half-width of the intervals in standard errors; 2.58 is 99 %.
+      t, confidence: of the intervals, as in `Campaign.rates`.
+      layer_of: the layer of a leaf's path, where `jaxfi.faults.layer_of` does not say it right.
 
     An arrow at the right edge says that an interval goes on.
     """
     with print_style():
-        by_layer = [shares_by_layer(campaign, order, t) for campaign in campaigns.values()]
+        cutoff = checked_cutoff(t, confidence)
+        by_layer = [
+            rates_by(campaign.faults, campaign.results, "layer", cutoff, layer_of, order)
+            for campaign in campaigns.values()
+        ]
         names = list(dict.fromkeys(part.name for parts in by_layer for part in parts))
         height = 1.1 + len(names) * (0.12 + 0.13 * len(campaigns))
         figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")

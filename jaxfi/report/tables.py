@@ -59,7 +59,8 @@ def table_row(
     epochs: int,
     alpha: float,
     population: int | None = None,
-    t: float = 2.58,
+    t: float | None = None,
+    confidence: float | None = None,
 ) -> TableRow:
     """The table's row of one campaign.
 
@@ -67,10 +68,10 @@ def table_row(
       campaign: F faults, N images.
       dataset, model, loss, optimizer, epochs, alpha: what was trained; see `TableRow`.
       population: possible faults; None is those that the list was drawn from.
-      t: half-width of the intervals in standard errors; 2.58 is 99 %.
+      t, confidence: of the intervals, as in `Campaign.rates`.
     """
     num_faults, num_images = campaign.outcomes.shape
-    rates = campaign.rates(population=population, t=t)
+    rates = campaign.rates(population=population, t=t, confidence=confidence)
     return TableRow(
         dataset, model, loss, optimizer, epochs, alpha,
         campaign.clean_accuracy, rates, num_faults, num_images,

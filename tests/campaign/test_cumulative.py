@@ -58,7 +58,7 @@ def test_zero_faults_equal_a_numpy_loop(params, images, labels, trials_together)
     trials = draw_trials(0, params, 80, 3, paths="*kernel")
     counts = (0, 1, 20, 80)
     result = cumulative_accuracy(
-        network, params, trials, counts, images, labels,
+        network, params, trials, images, labels, counts,
         batch_size=16, trials_together=trials_together,
     )  # fmt: skip
     assert result.accuracy.shape == (3, 4)
@@ -106,7 +106,7 @@ def flip64(bit: int):
 @pytest.mark.parametrize("nan", ["critical", "argmax"])
 def test_bit_flips_equal_struct(bit, nan, params, images, labels):
     trials = draw_trials(3, params, 40, 2, model="bit-flip", bit=bit, paths="*kernel")
-    result = cumulative_accuracy(network, params, trials, (1, 40), images, labels, nan=nan)
+    result = cumulative_accuracy(network, params, trials, images, labels, (1, 40), nan=nan)
     for trial, accuracies, non_finite in zip(trials, *result[1:], strict=True):
         for count, accuracy, bad in zip((1, 40), accuracies, non_finite, strict=True):
             outputs = numpy_network(faulty_copy(params, trial, count, flip32(bit)), images)
@@ -123,7 +123,7 @@ def test_flips_in_64_bit_words_equal_struct(bit, params, images, labels):
     with jax.enable_x64(True):
         (trial,) = draw_trials(3, wide, 10, 1, model="bit-flip", bit=bit, paths="*kernel")
         result = cumulative_accuracy(
-            network, wide, [trial], (10,), images.astype(np.float64), labels
+            network, wide, [trial], images.astype(np.float64), labels, (10,)
         )
     outputs = numpy_network(faulty_copy(wide, trial, 10, flip64(bit)), images.astype(np.float64))
     right = (outputs.argmax(-1) == labels) & ~np.isnan(outputs).any(-1)
@@ -142,7 +142,7 @@ def test_nan_survives_relu_and_mean(dtype):
 
         images = np.ones((4, 8, 8, 64), dtype)
         images[1:] = 0  # times infinity
-        result = cumulative_accuracy(apply, pooled, [trial], [0, 1], images, np.zeros(4, int))
+        result = cumulative_accuracy(apply, pooled, [trial], images, np.zeros(4, int), [0, 1])
     assert result.num_non_finite.tolist() == [[0, 4]]
 
 
@@ -158,7 +158,7 @@ def test_nan_survives_relu_and_mean(dtype):
 def test_bad_counts(counts, message, params, images, labels):
     trials = draw_trials(0, params, 10, 1)
     with pytest.raises(ValueError, match=message):
-        cumulative_accuracy(network, params, trials, counts, images, labels)
+        cumulative_accuracy(network, params, trials, images, labels, counts)
 
 
 def test_bad_trials(params):

@@ -182,9 +182,7 @@ def test_file_errors(tmp_path, monkeypatch):
         load_state(tmp_path / "absent.npz")
     save(numbered_state("lenet"), tmp_path / "weights.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(
-        ImportError, match=r"torch is not installed: .*\[torch\]"
-    ):
+    with pytest.raises(ImportError, match=r"torch is not installed: .*\[torch\]"):
         load_state(tmp_path / "weights.pt")
     (tmp_path / "weights.onnx").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "onnx", None)

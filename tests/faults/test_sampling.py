@@ -378,7 +378,9 @@ def test_population_of_a_list_from_elsewhere_is_all(tmp_path: Path) -> None:
     """A part of a list, a list from a file: what it was drawn from is not known."""
     faults = sample_faults(0, SMALL, 5, bits=[3])
     faults.to_csv(tmp_path / "faults.csv")
-    for other in (faults[:3], faults + faults, FaultList.from_csv(tmp_path / "faults.csv", SMALL)):
+    assert (faults + faults).population == 2 * faults.population  # counted twice
+    assert (faults + faults[:3]).population == fault_population(SMALL)
+    for other in (faults[:3], FaultList.from_csv(tmp_path / "faults.csv", SMALL)):
         assert other.population == fault_population(SMALL)
         assert other.population_of(bit=3) == fault_population(SMALL) - sum(
             other.population_of(bit=bit) for bit in range(32) if bit != 3

@@ -19,7 +19,7 @@ from jaxfi.network import (
     with_neuron_words,
     with_random_values,
 )
-from jaxfi.report import shares_by_layer, write_report
+from jaxfi.report import write_report
 from jaxfi.report.figures import critical_by_layer, outcomes_by_bit
 from jaxfi.report.tables import table_row
 
@@ -200,7 +200,7 @@ def test_engines_agree_on_neuron_faults(variables, apply_fn, images):
     row = table_row(fast, dataset="made up", model="small", loss="default", optimizer="none",
                     epochs=0, alpha=0.0)  # fmt: skip
     assert row.rates.masked.value == (fast.outcomes == 0).mean()
-    layers = {part.name for part in shares_by_layer(fast)}
+    layers = {part.name for part in fast.rates(by="layer")}
     assert layers <= {f"neurons/{name}" for name in neurons}
     (axes,) = critical_by_layer({"neurons": fast}).axes
     drawn = {label.get_text().partition(" ")[0] for label in axes.get_yticklabels()}

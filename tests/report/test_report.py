@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from jaxfi.campaign import Campaign
+from jaxfi.campaign._parts import rates_by
 from jaxfi.faults import FaultList, exhaustive_faults
 from jaxfi.outcomes import Estimate
 from jaxfi.report import _shares as shares
@@ -147,11 +148,11 @@ def test_bit_fields_of_an_integer_word():
 
 def test_shares_by_bit_and_layer_are_the_counts(campaigns):
     campaign = next(iter(campaigns.values()))
-    by_bit = shares.shares_by_bit(campaign)
+    by_bit = shares.parts_by_bit(campaign)
     assert [part.name for part in by_bit] == [str(bit) for bit in reversed(range(32))]
     rows = campaign.faults.bit == 30
     assert by_bit[1].critical.value == pytest.approx((campaign.outcomes[rows] == 2).mean())
-    by_layer = shares.shares_by_layer(campaign, order=["dense", "conv1"])
+    by_layer = rates_by(campaign.faults, campaign.results, "layer", 2.58, order=["dense", "conv1"])
     assert [(part.name, part.num_faults) for part in by_layer] == [("dense", 32), ("conv1", 64)]
     rows = campaign.faults.leaf == 2  # dense/kernel is last in tree order
     assert by_layer[0].masked.value == pytest.approx((campaign.outcomes[rows] == 0).mean())
@@ -165,7 +166,7 @@ def test_parts_of_a_census_have_no_interval(campaigns):
     whole = dataclasses.replace(
         some, faults=faults, outcomes=draw, due=draw > 9, correct=draw.sum(1).astype(np.int32)
     )
-    parts = [*shares.shares_by_bit(whole), *shares.shares_by_layer(whole)]
+    parts = [*whole.rates(by="bit"), *whole.rates(by="layer")]
     assert [part.name for part in parts] == ["31", "30", "conv1"]
     for part in parts:
         assert part.critical.low == part.critical.value == part.critical.high
@@ -181,7 +182,7 @@ def test_shares_by_bit_needs_bits():
         provenance={"nan": "critical"},
     )  # fmt: skip
     with pytest.raises(ValueError, match="no fault of the campaign has a bit"):
-        shares.shares_by_bit(campaign)
+        shares.parts_by_bit(campaign)
 
 
 def test_stacked_bars_have_the_shares_as_lengths_and_fill_the_bar(campaigns):
