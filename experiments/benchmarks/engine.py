@@ -186,7 +186,7 @@ def allow_tf32(allowed: bool) -> None:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that matter; PyTorch's names its build too: +cpu, +cu130."""
-    names = ("jaxfi", "jax", "jaxlib", "flax", "numpy")
+    names = ("jax-fault-injection", "jax", "jaxlib", "flax", "numpy")
     installed = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **installed, "torch": torch.__version__}
 

@@ -26,7 +26,7 @@ from jaxfi.campaign._strata import PILOT_LEAST, Strata, draw_strata_until_kept, 
 from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._layers import layers_of
 from jaxfi.faults._list import FaultList, Stratum
-from jaxfi.faults._sampling import fault_population, sample_faults, sample_size
+from jaxfi.faults._sampling import fault_population, nth_key, sample_faults, sample_size
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn
 from jaxfi.outcomes._outcomes import Rates, Results, per_fault_shares
@@ -159,7 +159,6 @@ def _layers_and_bits(
     key: int | jax.Array, params: PyTree, sampling: dict[str, Any], pilot: int
 ) -> tuple[Strata, list[functools.partial[FaultList]]]:
     """The strata, and for each a function that draws its first so many faults."""
-    key = jax.random.key(key) if isinstance(key, int) else key
     strata_of = sample_faults(0, params, 0, **sampling).drawn_from or ()
     empty = sample_faults(0, params, 0)
     layers = _layers(empty, strata_of, pilot)
@@ -173,7 +172,7 @@ def _layers_and_bits(
     for number, ((bit, _), leaves) in enumerate(cells.items()):
         paths = [glob.escape(path) for path, _ in leaves]
         only = {"paths": paths, "bits": None if bit < 0 else [bit]}
-        stratum_key = jax.random.fold_in(key, number)
+        stratum_key = nth_key(key, number)
         arguments = {**sampling, **only, "by": "network"}
         drawers.append(functools.partial(_draw, stratum_key, params, arguments))
     sites = np.array([sum(n for _, n in leaves) for leaves in cells.values()], np.int64)

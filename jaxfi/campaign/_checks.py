@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 from jaxfi.engine._compilation import checked_precision, compiled
 from jaxfi.engine._engines import ENGINES
 from jaxfi.engine._explain import LeafCost, least_memory
-from jaxfi.faults import PyTree
+from jaxfi.faults import FaultList, PyTree
 from jaxfi.faults._sites import checked_integer
-from jaxfi.network import ApplyFn
+from jaxfi.network import ApplyFn, Network
+from jaxfi.network._graph import reached_from
 from jaxfi.network._loops import MOST_TURNS, most_turns
 from jaxfi.outcomes._outcomes import checked_nan_policy
 
@@ -32,16 +34,98 @@ def check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
 
 def checked_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """[N, ...] images as JAX would hold them, and [N] int32 labels."""
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = np.asarray(held("images", images)), np.asarray(held("labels", labels))
     if images.ndim < 1 or not len(images):
         raise ValueError(f"images have shape {images.shape}: allowed is [N, ...] with N >= 1")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels have shape {labels.shape}: allowed is {images.shape[:1]}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"labels have dtype {labels.dtype}: allowed are integers")
+    if len(outside := labels[(labels < 0) | (labels >= 2**31)]):
+        raise ValueError(f"labels hold {outside[0]}: allowed are the network's classes, from 0")
+    if images.dtype.kind not in "fiubV":
+        raise TypeError(f"images have dtype {images.dtype}: allowed are numbers")
     if images.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         images = images.astype(np.float32)
     return images, labels.astype(np.int32)
+
+
+def checked_params(params: PyTree, device: jax.Device) -> PyTree:
+    """The parameters on one device, wherever they were.
+
+    Raises ValueError naming a leaf that was deleted, or that other processes hold a part of.
+    """
+
+    def checked(path: tuple, leaf: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.device_put(held(f"leaf {name}", leaf), device)
+
+    return jax.tree_util.tree_map_with_path(checked, params)
+
+
+def held(name: str, array: Any) -> Any:
+    """The array, if this process has all of it; else ValueError naming it."""
+    if isinstance(array, jax.Array):
+        if array.is_deleted():
+            raise ValueError(f"{name} was deleted, as by a step that its buffer was donated to")
+        if not array.is_fully_addressable:
+            raise ValueError(f"{name} is spread over several processes: allowed are local arrays")
+    return array
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises ValueError for labels that are no class of the network."""
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise ValueError(
+            f"labels hold {outside[0]}: allowed are the network's classes, 0 to {num_classes - 1}"
+        )
+
+
+def check_filled_batch(
+    function: ApplyFn, params: PyTree, batches: np.ndarray, num_images: int, golden: np.ndarray
+) -> None:
+    """Raises ValueError if the images that fill up the last batch change the outputs of the others.
+
+    They are copies of the first image; the last one in their place must give the same bits.
+    """
+    batch_size = batches.shape[1]
+    count = num_images - (len(batches) - 1) * batch_size
+    if count == batch_size:
+        return
+    other = batches[-1].copy()
+    other[count:] = other[count - 1]
+    outputs = np.asarray(compiled(function)(params, other))[:count]
+    if outputs.tobytes() != golden[-count:].tobytes():
+        fitting = [n for n in range(1, num_images + 1) if num_images % n == 0]
+        near = min(fitting, key=lambda n: (abs(n - batch_size), n))
+        raise ValueError(
+            f"the network mixes the images of a batch, and {num_images} images in batches of "
+            f"{batch_size} leave one with {count}: allowed are batch sizes that divide "
+            f"{num_images}, such as {near}"
+        )
+
+
+def warn_of(network: Network, faults: FaultList, golden: np.ndarray) -> None:
+    """Warns of faults that cannot do anything, and of golden outputs that are not finite."""
+    idle = [
+        f"{network.paths[leaf]} ({np.count_nonzero(faults.leaf == leaf):,})"
+        for leaf in np.unique(faults.leaf)
+        if network.output not in reached_from(network, network.leaves[leaf])
+    ]
+    if idle:
+        warnings.warn(
+            f"the output does not depend on {', '.join(idle)}: their faults are masked by "
+            "construction",
+            stacklevel=3,
+        )
+    wrong = np.count_nonzero(~np.isfinite(golden).all(axis=1))
+    if wrong:
+        warnings.warn(
+            f"the fault-free network's outputs hold NaN or Inf for {wrong:,} of {len(golden):,} "
+            "images",
+            stacklevel=3,
+        )
 
 
 def in_batches(images: np.ndarray, batch_size: int) -> np.ndarray:

@@ -16,11 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfi.engine._compilation import compiled
+from jaxfi.campaign._checks import check_labels, checked_images, checked_params
+from jaxfi.engine._compilation import compiled, own_settings
 from jaxfi.faults._list import FaultList
-from jaxfi.faults._sampling import sample_faults
+from jaxfi.faults._sampling import nth_key, sample_faults
 from jaxfi.faults._transforms import Fault, PyTree, inject
-from jaxfi.network._graph import ApplyFn
+from jaxfi.network._graph import (
+    ApplyFn,
+    afresh,
+    check_uses_params,
+    digest,
+    num_classes,
+    trace_network,
+)
 from jaxfi.outcomes._outcomes import checked_nan_policy, judge
 
 
@@ -68,7 +76,7 @@ def draw_trials(
     A longer list from the same key begins with the shorter one.
 
     Args:
-      key: an integer; the same draws the same elements on every machine.
+      key: an integer from 0 to 2**64 - 1; the same draws the same elements on every machine.
       params: the parameter tree.
       model: "zero" (a crashed synapse), or one that names a bit, with `bit`.
       paths: pattern or patterns (fnmatch) that a leaf's path must match.
@@ -83,7 +91,7 @@ def draw_trials(
     """
     if num_trials < 1:
         raise ValueError(f"num_trials is {num_trials}: allowed are integers >= 1")
-    keys = [jax.random.fold_in(jax.random.key(key), trial) for trial in range(num_trials)]
+    keys = [nth_key(key, trial) for trial in range(num_trials)]
     bits = None if bit is None else [bit]
     return [
         sample_faults(k, params, num_faults, model=model, by="network", paths=paths, bits=bits)
@@ -133,9 +141,33 @@ def cumulative_accuracy(
     if np.ndim(images) == 1 < np.ndim(labels):
         images, labels, counts = labels, counts, images
     _check_counts(counts, trials)
-    params = jax.tree.map(jnp.asarray, params)
+    with own_settings():
+        return _accuracies(
+            apply_fn, params, trials, images, labels, counts, batch_size, trials_together, nan
+        )
+
+
+def _accuracies(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    trials: Sequence[FaultList],
+    images: Any,
+    labels: Any,
+    counts: Any,
+    batch_size: int,
+    trials_together: int,
+    nan: str,
+) -> CumulativeResult:
+    images, labels = checked_images(images, labels)
+    for trial in trials:
+        trial.validate(params)
+    params = checked_params(params, jax.local_devices()[0])
     batches = _batches(images, labels, batch_size)
-    count = _counting_program(apply_fn, nan)
+    shape = jax.ShapeDtypeStruct(batches[0][0].shape, batches[0][0].dtype)
+    network = trace_network(apply_fn, params, shape)
+    check_uses_params(network)
+    check_labels(labels, num_classes(network))
+    count = _counting_program(apply_fn, digest(network), nan)
 
     def run(together: Sequence[FaultList]) -> np.ndarray:
         """[trials, S, 2] counts, of trials that run together."""
@@ -171,11 +203,21 @@ def count_outputs(
 _add_faults = jax.jit(jax.vmap(inject))
 
 
-@functools.lru_cache(maxsize=8)
-def _counting_program(apply_fn: ApplyFn, nan: str) -> Callable:
-    """`count_outputs` over faulty networks; in a campaign's arithmetic, which keeps every NaN."""
-    count = functools.partial(count_outputs, apply_fn, nan=nan)
-    return compiled(jax.vmap(count, in_axes=(0, None, None)))
+def _counting_program(apply_fn: ApplyFn, network: str, nan: str) -> Callable:
+    """`count_outputs` over faulty networks; in a campaign's arithmetic, which keeps every NaN.
+
+    Networks that compute the same, by their digest, share a program.
+    """
+    if (network, nan) not in _PROGRAMS:
+        if len(_PROGRAMS) == _MOST_PROGRAMS:
+            del _PROGRAMS[next(iter(_PROGRAMS))]
+        count = functools.partial(count_outputs, afresh(apply_fn), nan=nan)
+        _PROGRAMS[network, nan] = compiled(jax.vmap(count, in_axes=(0, None, None)))
+    return _PROGRAMS[network, nan]
+
+
+_PROGRAMS: dict[tuple[str, str], Callable] = {}
+_MOST_PROGRAMS = 8
 
 
 def _stack(parts: Sequence[FaultList]) -> Fault:

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
 from jaxfi.campaign._checks import (
     check_choices,
+    check_filled_batch,
+    check_labels,
     checked_devices,
     checked_images,
     checked_loop_limit,
     checked_memory,
+    checked_params,
     in_batches,
+    warn_of,
 )
 from jaxfi.campaign._fingerprint import fingerprint
 from jaxfi.campaign._ledger import Ledger, MemoryLedger, open_directory
@@ -33,12 +36,13 @@ from jaxfi.campaign._workers import (
     split_blocks,
     start_workers,
 )
+from jaxfi.engine._compilation import own_settings
 from jaxfi.engine._explain import LeafCost, leaf_costs, plan_text
 from jaxfi.engine._golden import Setup, golden_run, network_function
 from jaxfi.engine._plan import part_of_layer, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import PyTree
-from jaxfi.network._graph import ApplyFn, trace_network
+from jaxfi.network._graph import ApplyFn, afresh, check_uses_params, num_classes, trace_network
 from jaxfi.network._loops import has_open_loop, with_loop_limit
 from jaxfi.outcomes._outcomes import (
     Results,
@@ -89,13 +93,13 @@ def run_campaign(
         one CPU. Blocks of faults go to whichever is free. The outcomes do not depend on how many.
       progress: show a progress bar with rate and ETA.
       workdir: a directory that keeps finished work; the same campaign there is continued. The
-        processes of a job (`jaxfi.distributed.join_job`) share it, and each returns the whole.
+        processes of a job (`jaxfi.campaign.join_job`) share it, and each returns the whole.
 
     Raises ValueError or TypeError, before any work, for arguments that do not fit; NotReproducible
     if a null fault is not masked. With a workdir: ValueError that names what differs from the
     campaign there, or the file that is damaged; BlockingIOError if another process has it; OSError.
 
-    >>> params = {"w": jnp.eye(2)}
+    >>> params = {"w": np.eye(2, dtype=np.float32)}
     >>> faults = FaultList.from_sites([("w", (0, 0), 31), ("w", (0, 1), 0)], params)
     >>> images = np.array([[2.0, 1.0], [0.5, 1.0]], np.float32)
     >>> result = run_campaign(lambda p, x: x @ p["w"], params, faults, images, [0, 1])
@@ -103,13 +107,18 @@ def run_campaign(
     [[2, 1], [0, 0]]
     """
     check_choices(engine, precision, nan, seed)
-    images, labels = checked_images(images, labels)
+    with own_settings():
+        images, labels = checked_images(images, labels)
     batches = in_batches(images, batch_size)
     faults.check_injectable(params)
     devices = checked_devices(devices, workdir)
-    with jax.default_matmul_precision(precision), jax.default_device(devices[0]):
+    arithmetic = jax.default_matmul_precision(precision)
+    with own_settings(), arithmetic, jax.default_device(devices[0]):
+        params, apply_fn = checked_params(params, devices[0]), afresh(apply_fn)
         batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
         network = trace_network(apply_fn, params, batch)
+        check_uses_params(network)
+        check_labels(labels, num_classes(network))
         if has_open_loop(network):
             loop_limit = checked_loop_limit(loop_limit, apply_fn, params, batches)
             apply_fn = with_loop_limit(apply_fn, loop_limit)
@@ -119,8 +128,10 @@ def run_campaign(
         costs = leaf_costs(network, plans.values(), faults.leaf)
         num_kept = len(images) * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
         memory = checked_memory(memory_budget, devices, num_kept, costs)
-        params, function = jax.tree.map(jnp.asarray, params), network_function(network, apply_fn)
+        function = network_function(network, apply_fn)
         golden, speed = golden_run(function, params, batches, len(images))
+        check_filled_batch(function, params, batches, len(images), golden)
+        warn_of(network, faults, golden)
         setup = Setup(network, function, params, batches, labels, golden, nan, memory, plans)
         prices = {leaf: leaf_price(cost) for leaf, cost in zip(leaves, costs, strict=True)}
         work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices)

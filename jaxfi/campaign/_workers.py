@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxfi.engine._compilation import own_settings
 from jaxfi.engine._engines import ENGINES, Advance, Engine
 from jaxfi.engine._golden import Setup
 from jaxfi.faults._list import FaultList
@@ -119,8 +120,9 @@ def run_blocks(
 
     def run(rows: np.ndarray) -> tuple[np.ndarray, Results]:
         worker = free.get()
-        try:  # a thread has its own default device and precision
-            with jax.default_device(worker.device), jax.default_matmul_precision(precision):
+        try:  # a thread has its own settings
+            arithmetic = jax.default_matmul_precision(precision)
+            with own_settings(), jax.default_device(worker.device), arithmetic:
                 return rows, run_block(worker, rows, advance_or_stop)
         finally:
             free.put(worker)

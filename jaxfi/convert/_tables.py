@@ -6,14 +6,17 @@ import csv
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxfi.convert._layout import (
-    FLATTENED,
+    Layout,
     from_torch_layout,
+    layout_of,
+    shapes_of,
     to_torch_layout,
     torch_leaves,
     torch_name,
@@ -26,6 +29,7 @@ PyTree = Any
 Path = str | os.PathLike
 
 _FAULT_COLUMNS = ("Injection", "Layer", "TensorIndex", "Bit")
+ORDERS = ("torch", "keras")
 _COUNT_COLUMNS = ("n_injections", "masked", "non_critical", "critical")
 
 
@@ -50,34 +54,50 @@ def read_fault_list(
     params: PyTree,
     *,
     model: str = "bit-flip",
-    flattened: Mapping[str, int] = FLATTENED,
+    order: str = "torch",
+    flattened: Mapping[str, int] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> FaultList:
     """Reads the field's CSV `Injection,Layer,TensorIndex,Bit`: PyTorch names and index order.
 
     Args:
       path: the file. Layer is a module (`conv1`, meaning its weight) or a parameter
         (`linear.bias`); TensorIndex a tuple `"(3, 0, 2, 1)"` or a flat integer. Other columns are
-        ignored, and rows keep their order, whatever their Injection.
+        ignored, and rows keep their order. Read too: columns between semicolons or tabs, headings
+        of any case, blanks around fields, tuples as `[3, 0]` or `torch.Size([3, 0])`, NumPy's
+        integers, a bit of `30.0`, and names behind `module.`.
       params: parameters, or variables, that the list is for; shapes and dtypes are enough.
       model: what the file does not say: "bit-flip", "stuck-at-0" or "stuck-at-1".
-      flattened: see `from_torch`.
+      order: of TensorIndex: "torch", or "keras" for Keras's and Flax's, [*K, in, out].
+      flattened, kinds: see `from_torch`.
 
-    Raises ValueError naming the first line that does not fit.
+    Raises ValueError naming the first line that does not fit; several faults of one Injection,
+    which are faulty together and so no list of single faults, are refused too.
     """
+    if order not in ORDERS:
+        raise ValueError(f"unknown order {order!r}: allowed are {', '.join(ORDERS)}")
     if model not in BIT_MODELS:
         raise ValueError(f"fault model {model!r} names no bit: allowed are {', '.join(BIT_MODELS)}")
-    site = _site_parser(params, flattened)
+    layout = None if order == "keras" else layout_of(shapes_of(params), flattened, kinds)
+    site = _site_parser(params, layout)
     return FaultList.from_sites(_read_rows(path, _FAULT_COLUMNS, site), params, model=model)
 
 
 def write_fault_list(
-    path: Path, faults: FaultList, *, flat: bool = False, flattened: Mapping[str, int] = FLATTENED
+    path: Path,
+    faults: FaultList,
+    *,
+    flat: bool = False,
+    flattened: Mapping[str, int] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> None:
     """Writes what `read_fault_list` reads; `flat` writes TensorIndex as an integer.
 
     Raises ValueError for faults without a bit or of several models, which the CSV cannot tell.
     """
-    _write_rows(path, _FAULT_COLUMNS, _site_texts(faults, flat, flattened))
+    _write_rows(
+        path, _FAULT_COLUMNS, _site_texts(faults, flat, _layout_of_list(faults, flattened, kinds))
+    )
 
 
 def read_results(
@@ -85,13 +105,17 @@ def read_results(
     params: PyTree,
     *,
     model: str = "bit-flip",
-    flattened: Mapping[str, int] = FLATTENED,
+    order: str = "torch",
+    flattened: Mapping[str, int] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> ResultTable:
     """Reads a fault list with `n_injections,masked,non_critical,critical` beside it.
 
     Arguments and errors are those of `read_fault_list`; counts that do not add up are one.
     """
-    faults = read_fault_list(path, params, model=model, flattened=flattened)
+    faults = read_fault_list(
+        path, params, model=model, order=order, flattened=flattened, kinds=kinds
+    )
     counts = _read_rows(path, _COUNT_COLUMNS, _counts)
     return ResultTable(faults, *np.array(list(counts), np.int64).reshape(-1, 4).T)
 
@@ -101,11 +125,13 @@ def write_results(
     results: ResultTable,
     *,
     flat: bool = False,
-    flattened: Mapping[str, int] = FLATTENED,
+    flattened: Mapping[str, int] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> None:
     """Writes what `read_results` reads."""
     counts = np.stack(results[1:], axis=1).tolist()
-    sites = _site_texts(results.faults, flat, flattened)
+    layout = _layout_of_list(results.faults, flattened, kinds)
+    sites = _site_texts(results.faults, flat, layout)
     rows = [(*site, *row) for site, row in zip(sites, counts, strict=True)]
     _write_rows(path, _FAULT_COLUMNS + _COUNT_COLUMNS, rows)
 
@@ -113,17 +139,33 @@ def write_results(
 def _read_rows(path: Path, columns: tuple[str, ...], parse: Callable) -> Iterator[Any]:
     """`parse` of the named columns of every row; what is wrong is given the file and line."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file, restval="")
+        heading = file.readline()
+        file.seek(0)
+        between = next((mark for mark in ";\t" if mark in heading and "," not in heading), ",")
+        reader = csv.DictReader(file, restval="", delimiter=between, skipinitialspace=True)
         try:
+            if reader.fieldnames:
+                reader.fieldnames = [_heading(name, columns) for name in reader.fieldnames]
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f"no column {', '.join(missing)} in {reader.fieldnames or []}")
             for row in reader:
-                yield parse(*(row[name] for name in columns))
+                yield parse(*((row[name] or "").strip() for name in columns))
         except ValueError as error:
             raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
         except csv.Error as error:  # in the line behind the last that was read
             raise ValueError(f"{path}: line {reader.line_num + 1}: {error}") from None
+
+
+def _heading(name: str, columns: tuple[str, ...]) -> str:
+    """The column that a heading means, whatever its case and the blanks around it."""
+    return next((column for column in columns if column.lower() == name.strip().lower()), name)
+
+
+def _layout_of_list(
+    faults: FaultList, flattened: Mapping[str, int] | None, kinds: Mapping[str, str] | None
+) -> Layout:
+    return layout_of(dict(zip(faults.paths, faults.shapes, strict=True)), flattened, kinds)
 
 
 def _write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[tuple]) -> None:
@@ -133,17 +175,27 @@ def _write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[tuple]) -> 
         writer.writerows((number, *row) for number, row in enumerate(rows))
 
 
-def _site_parser(params: PyTree, flattened: Mapping[str, int]) -> Callable:
+def _site_parser(params: PyTree, layout: Layout | None) -> Callable:
     """A function from the texts of a row to (path, flat index, bit), in jaxfi's layout."""
     leaves = {name: (path, leaf) for name, path, leaf in torch_leaves(params)}
     leaves |= {name.removesuffix(".weight"): where for name, where in leaves.items()}
 
     @functools.cache
     def positions(layer: str) -> np.ndarray:
-        return _positions(leaves[layer][0], leaves[layer][1].shape, flattened)
+        return _positions(leaves[layer][0], leaves[layer][1].shape, layout)
+
+    seen: set[int] = set()
 
     def parse(injection: str, layer: str, index: str, bit: str) -> tuple[str, int, int]:
-        _integer(injection)
+        number = _integer(injection)
+        if number in seen:
+            raise ValueError(
+                f"Injection {number} has several faults, which are faulty together: allowed is one "
+                "fault an Injection"
+            )
+        seen.add(number)
+        if layer not in leaves:
+            layer = layer.removeprefix("module.")
         if layer not in leaves:
             known = ", ".join(name for name in leaves if not name.endswith(".weight"))
             raise ValueError(f"no layer {layer!r}: allowed are {known}")
@@ -151,15 +203,24 @@ def _site_parser(params: PyTree, flattened: Mapping[str, int]) -> Callable:
         width = word_bits(leaf.dtype)
         if _integer(bit) >= width:
             raise ValueError(f"bit {bit} is outside a {leaf.dtype} word of {width} bits")
-        return path, _lookup(positions(layer), parse_index(index)), _integer(bit)
+        return path, _lookup(positions(layer), parse_index(_plain_index(index))), _integer(bit)
 
     return parse
 
 
-def _positions(path: str, shape: tuple[int, ...], flattened: Mapping[str, int]) -> np.ndarray:
+def _positions(path: str, shape: tuple[int, ...], layout: Layout | None) -> np.ndarray:
     """jaxfi's flat index of every element of a leaf, laid out as PyTorch does."""
     indices = np.arange(math.prod(shape)).reshape(shape)
-    return to_torch_layout(path, indices, flattened)
+    return indices if layout is None else to_torch_layout(path, indices, layout)
+
+
+def _plain_index(text: str) -> str:
+    """`torch.Size([3, 0])`, `[3, 0]` and `(np.int64(3), np.int64(0))` as `(3, 0)`."""
+    text = re.sub(r"(?:np\.|numpy\.)?u?int\d+\((\d+)\)", r"\1", text)
+    found = re.fullmatch(r"(?:torch\.Size\()?\[([\d, ]*)\]\)?", text)
+    if found is None:
+        found = re.fullmatch(r"\(\s*(\d+(?:\s*,\s*\d+)*\s*,?)\s*\)", text)
+    return text if found is None else f"({re.sub(' ', '', found[1])})"
 
 
 def _lookup(positions: np.ndarray, index: tuple[int, ...] | int) -> int:
@@ -172,7 +233,7 @@ def _lookup(positions: np.ndarray, index: tuple[int, ...] | int) -> int:
 
 
 def _integer(text: str) -> int:
-    index = parse_index(text)
+    index = parse_index(re.sub(r"\.0+$", "", text))
     if not isinstance(index, int):
         raise ValueError(f"{text!r} is not an integer")
     return index
@@ -187,9 +248,7 @@ def _counts(*texts: str) -> list[int]:
     return [total, *outcomes]
 
 
-def _site_texts(
-    faults: FaultList, flat: bool, flattened: Mapping[str, int]
-) -> list[tuple[str, Any, int]]:
+def _site_texts(faults: FaultList, flat: bool, layout: Layout) -> list[tuple[str, Any, int]]:
     """(Layer, TensorIndex, Bit) of every fault."""
     models = [FAULT_MODELS[code] for code in np.unique(faults.model)]
     if len(models) > 1 or not set(models) <= set(BIT_MODELS):
@@ -200,9 +259,9 @@ def _site_texts(
     for number in np.unique(faults.leaf):
         rows = np.flatnonzero(faults.leaf == number)
         path, shape = faults.paths[number], faults.shapes[number]
-        there = to_torch_layout(path, np.empty(shape, bool), flattened).shape
+        there = to_torch_layout(path, np.empty(shape, bool), layout).shape
         places = np.arange(math.prod(shape)).reshape(there)
-        elements = from_torch_layout(path, places, flattened).ravel()[faults.element[rows]]
+        elements = from_torch_layout(path, places, layout).ravel()[faults.element[rows]]
         axes = [axis.tolist() for axis in np.unravel_index(elements, there)]
         tuples = zip(*axes, strict=True)
         for row, index in zip(rows, elements.tolist() if flat else tuples, strict=True):

@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfi.convert._layout import FLATTENED, from_torch_layout, to_torch_layout, torch_leaves
+from jaxfi.convert._layout import (
+    Layout,
+    from_torch_layout,
+    layout_of,
+    shapes_of,
+    to_torch_layout,
+    torch_leaves,
+)
 from jaxfi.data._extras import extra
 
 PyTree = Any
 Path = str | os.PathLike
+
+_TOLERANCE = 1e-4  # of outputs, relative to the largest
+# Under which training checkpoints keep the state dict, and what wrappers put before its names.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
+_PREFIXES = ("module.", "_orig_mod.")
+_TORCH_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".ckpt", ".bin")
+_SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32",
+    "U16": "uint16", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 
 
 def from_torch(
     state: Mapping[str, np.ndarray],
     variables_like: PyTree,
     *,
-    flattened: Mapping[str, int] = FLATTENED,
+    flattened: Mapping[str, int] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    check: tuple[Any, Callable, Any] | None = None,
 ) -> PyTree:
     """A PyTorch state dict as variables.
 
@@ -31,15 +52,22 @@ def from_torch(
       variables_like: variables (`params`, `batch_stats`) whose names, shapes and dtypes to fill;
         `jax.eval_shape(module.init, key, images)` is enough.
       flattened: for networks other than jaxfi's, path and number of channels of each dense layer
-        that reads a flattened image.
+        that reads a flattened image; {} if none does.
+      kinds: path of each transposed convolution: "conv_transpose", or "conv_transpose_kernel" where
+        Flax has `transpose_kernel=True`.
+      check: the PyTorch module, `apply_fn(variables, images)`, and images as that takes them: both
+        are run, and must agree within 1e-4 of the largest output. Images of three axes and more
+        have their channels last here, and are given to PyTorch channels first.
 
     Returns:
       A tree like `variables_like`.
 
     Raises:
       ValueError naming what is missing, left over, of the wrong shape, or of a dtype that would
-      lose bits.
+      lose bits; a dense layer that may read a flattened image, where `flattened` does not say; and
+      outputs that do not agree.
     """
+    layout = layout_of(shapes_of(variables_like), flattened, kinds)
     leaves = list(torch_leaves(variables_like))
     names = {name for name, _, _ in leaves}
     given = {name for name in state if not name.endswith("num_batches_tracked")}
@@ -48,13 +76,42 @@ def from_torch(
             first = ", ".join(sorted(wrong)[:5]) + (", …" if len(wrong) > 5 else "")
             raise ValueError(f"the state {what} {len(wrong)} of {len(names)} names: {first}")
     arrays = [
-        _fit(name, np.asarray(state[name]), path, like, flattened) for name, path, like in leaves
+        _fit(name, np.asarray(state[name]), path, like, layout) for name, path, like in leaves
     ]
-    return jax.tree.unflatten(jax.tree.structure(variables_like), arrays)
+    variables = jax.tree.unflatten(jax.tree.structure(variables_like), arrays)
+    if check is not None:
+        _check_outputs(*check, variables)
+    return variables
+
+
+def _check_outputs(module: Any, apply_fn: Callable, images: Any, variables: PyTree) -> None:
+    """Raises ValueError where the PyTorch module and the converted network put out other values."""
+    with extra("torch"):
+        import torch
+
+    images = np.asarray(images)
+    there = np.moveaxis(images, -1, 1) if images.ndim > 2 else images
+    with torch.no_grad():
+        expected = module.eval()(torch.from_numpy(np.ascontiguousarray(there))).numpy()
+    found = np.asarray(apply_fn(variables, images))
+    found = np.moveaxis(found, -1, 1) if found.ndim > 2 else found
+    if found.shape != expected.shape:
+        raise ValueError(f"PyTorch puts out {expected.shape}, the converted network {found.shape}")
+    largest = np.max(np.abs(expected), initial=np.finfo(np.float32).tiny)
+    error = np.max(np.abs(found - expected), initial=0.0) / largest
+    if not error <= _TOLERANCE:
+        raise ValueError(
+            f"the outputs of PyTorch and of the converted network differ by {error:.2g} of the "
+            f"largest, allowed is {_TOLERANCE:g}: a dense layer that reads a flattened image "
+            "(flattened), a transposed convolution (kinds), or another network"
+        )
 
 
 def to_torch(
-    variables: PyTree, *, flattened: Mapping[str, int] = FLATTENED
+    variables: PyTree,
+    *,
+    flattened: Mapping[str, int] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Variables as a PyTorch state dict: the inverse of `from_torch`, bit for bit.
 
@@ -64,9 +121,10 @@ def to_torch(
     >>> to_torch({"params": {"conv1": {"kernel": kernel}}})["conv1.weight"].shape
     (8, 1, 3, 3)
     """
+    layout = layout_of(shapes_of(variables), flattened, kinds)
     # Copies: PyTorch wants writable arrays, and JAX's are not.
     return {
-        name: np.array(to_torch_layout(path, np.asarray(leaf), flattened), order="C")
+        name: np.array(to_torch_layout(path, np.asarray(leaf), layout), order="C")
         for name, path, leaf in torch_leaves(variables)
     }
 
@@ -75,19 +133,21 @@ def load_state(path: Path) -> dict[str, np.ndarray]:
     """Reads a PyTorch state dict; executes nothing in the file.
 
     Args:
-      path: .npz or .safetensors; .pt, .pth or .th, of which a training checkpoint's `state_dict` is
-        taken and the `module.` that DataParallel puts before every name is dropped; or .onnx, of
-        which the float initializers are taken. An export must have kept the parameters
+      path: .npz or .safetensors; .pt, .pth, .th, .pth.tar, .ckpt or .bin, whose state dict is taken
+        out of a training checkpoint (`state_dict`, `model_state_dict`, `model`, `net`), and
+        `module.` and `_orig_mod.` off every name, as Lightning's `model.`; or .onnx, of which the
+        float initializers are taken. An export must have kept the parameters
         (`torch.onnx.export(..., optimize=False)`): by default it folds BatchNorm into the
         convolutions, so BatchNorm's names are missing, as `from_torch` says, and so are its words
         in the memory of the device that runs the file.
 
-    Raises FileNotFoundError; ValueError for another suffix or a file that is not a state dict of
-    arrays; ImportError where PyTorch's own files need PyTorch, or .onnx the package onnx.
+    Raises FileNotFoundError; ValueError for another suffix, a file that is not a state dict of
+    arrays, or a tensor that is quantized or sparse, which it names; ImportError where PyTorch's own
+    files need PyTorch, or .onnx the package onnx.
     """
     path = pathlib.Path(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".onnx": _read_onnx}
-    readers |= dict.fromkeys((".pt", ".pth", ".th"), _read_torch)
+    readers |= dict.fromkeys(_TORCH_SUFFIXES, _read_torch)
     if path.suffix not in readers:
         raise ValueError(f"{path}: unknown suffix, allowed are {', '.join(readers)}")
     if not path.is_file():
@@ -95,13 +155,17 @@ def load_state(path: Path) -> dict[str, np.ndarray]:
     return readers[path.suffix](path)
 
 
-def _fit(name: str, array: np.ndarray, path: str, like: Any, flattened: Any) -> jax.Array:
-    expected = to_torch_layout(path, np.empty(like.shape, bool), flattened).shape
+def _fit(name: str, array: np.ndarray, path: str, like: Any, layout: Layout) -> jax.Array:
+    expected = to_torch_layout(path, np.empty(like.shape, bool), layout).shape
     if array.shape != expected:
-        raise ValueError(f"{name} has shape {array.shape}, the network needs {expected}")
+        also = ""
+        if len(expected) > 2 and array.shape == (expected[1], expected[0], *expected[2:]):
+            layer = path.rpartition("/")[0].removeprefix("params/")
+            also = f"; kinds={{'{layer}': ...}} says that it is a transposed convolution"
+        raise ValueError(f"{name} has shape {array.shape}, the network needs {expected}{also}")
     if not np.can_cast(array.dtype, like.dtype):
         raise ValueError(f"{name} is {array.dtype}, which does not fit in {like.dtype}")
-    return jnp.asarray(from_torch_layout(path, array, flattened), like.dtype)
+    return jnp.asarray(from_torch_layout(path, array, layout), like.dtype)
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -115,12 +179,21 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     with extra("convert"):  # only this format needs it
-        import safetensors.numpy
-
+        import safetensors
     try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError) as error:
+        tensors = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a .safetensors file: {error}") from None
+    state = {}
+    for name, tensor in tensors:
+        if tensor["dtype"] not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: tensor {name} has dtype {tensor['dtype']}: {_ALLOWED}")
+        dtype = jnp.dtype(_SAFETENSORS_DTYPES[tensor["dtype"]])
+        state[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    return state
+
+
+_ALLOWED = "allowed are dense tensors of floats and integers"
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -131,16 +204,21 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises many kinds, with pages of advice
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a PyTorch state dict: {reason}") from None
-    if isinstance(state, Mapping):
-        state = state.get("state_dict", state)
-    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
-        found = list(state)[:5] if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"{path}: not a state dict of tensors, it holds {found}")
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    return {
-        name.removeprefix(prefix): _tensor_to_numpy(tensor.detach())
-        for name, tensor in state.items()
-    }
+    is_lightning = isinstance(state, Mapping) and "pytorch-lightning_version" in state
+    for wrapper in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{path}: not a state dict of tensors, it is a {type(state).__name__}")
+    others = [name for name, tensor in state.items() if not torch.is_tensor(tensor)]
+    if others:
+        kind = type(state[others[0]]).__name__
+        raise ValueError(f"{path}: not a state dict of tensors: {others[0]!r} is a {kind}")
+    state = {str(name): tensor for name, tensor in state.items()}
+    for prefix in (*_PREFIXES, *(("model.",) if is_lightning else ()), *_PREFIXES):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return {name: _tensor_to_numpy(path, name, tensor.detach()) for name, tensor in state.items()}
 
 
 def _read_onnx(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -160,9 +238,18 @@ def _read_onnx(path: pathlib.Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _tensor_to_numpy(tensor: Any) -> np.ndarray:
-    if str(tensor.dtype) != "torch.bfloat16":
-        return tensor.numpy()
+def _tensor_to_numpy(path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
     import torch
 
-    return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_quantized or tensor.layout is not torch.strided:
+        found = dtype if tensor.is_quantized else f"{dtype}, {tensor.layout}"
+        raise ValueError(f"{path}: tensor {name} is {found}: {_ALLOWED}")
+    if dtype == "bfloat16":
+        return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
+    try:
+        if dtype.startswith("float8"):
+            return tensor.contiguous().view(torch.uint8).numpy().view(jnp.dtype(dtype))
+        return tensor.numpy()
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{path}: tensor {name} is {dtype}: {_ALLOWED}") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +31,21 @@ def compiled(function: Callable, **options: Any) -> Callable:
     """`jax.jit`, with its `options`, for the default device."""
     arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if _platform() == "cpu" else {})}
     return jax.jit(function, compiler_options=arithmetic, **options)
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """Within it, the session's settings that stop a faulty run do not: faults make NaN and Inf,
+    results are fetched, and what is added or compared has the dtypes and ranks that it should."""
+    with (
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.disable_jit(False),
+        jax.transfer_guard("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
 
 
 def _platform() -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxfi.engine._compilation import checked_precision
+from jaxfi.engine._compilation import checked_precision, own_settings
 from jaxfi.engine._costs import (
     columns_arithmetic,
     golden_bytes,
@@ -21,7 +21,7 @@ from jaxfi.engine._plan import LeafPlan, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sites import checked_integer
 from jaxfi.faults._transforms import PyTree
-from jaxfi.network._graph import ApplyFn, Network, trace_network
+from jaxfi.network._graph import ApplyFn, Network, check_uses_params, num_classes, trace_network
 
 
 class LeafCost(NamedTuple):
@@ -102,8 +102,10 @@ def explain(
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
     if faults is not None:
         faults.validate(params)
-    with jax.default_matmul_precision(checked_precision(precision)):
+    with own_settings(), jax.default_matmul_precision(checked_precision(precision)):
         network = trace_network(apply_fn, params, batch)
+    check_uses_params(network)
+    num_classes(network)  # two or more
     leaves = np.empty(0, np.int64) if faults is None else faults.leaf
     counts = np.bincount(leaves, minlength=len(network.leaves))
     idle, faulty = (np.flatnonzero(there).tolist() for there in (counts == 0, counts > 0))

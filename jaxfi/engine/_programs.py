@@ -15,7 +15,7 @@ from jaxfi.engine._compilation import compiled
 from jaxfi.engine._costs import golden_bytes, num_held, working_bytes
 from jaxfi.engine._golden import Setup
 from jaxfi.engine._plan import LeafPlan, is_storable
-from jaxfi.faults._transforms import corrupt, to_words
+from jaxfi.faults._transforms import corrupt, corrupt_distinct, to_words
 from jaxfi.network._blocks import (
     Blocks,
     Partials,
@@ -347,7 +347,7 @@ def _faulty_columns(leaf, block, channel, element, keep, flip, how: tuple) -> ja
     if own is not None:
         leaf = block_of(leaf, own.weight_axis, own, block)
     columns = jnp.take(leaf, channel, axis=axis, mode="clip")
-    return corrupt(columns, element, keep, flip)
+    return corrupt_distinct(columns, element, keep, flip)  # one in each column
 
 
 def _picked(row: jax.Array, images: np.ndarray, axis: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.faults._cutoff import checked_cutoff
@@ -248,18 +249,37 @@ def _deal(num_faults: int, weights: Sequence[int]) -> list[int]:
     return shares
 
 
-def _generator(key: int | jax.Array, stratum: int) -> np.random.Philox:
-    if isinstance(key, (int, np.integer)):
+def nth_key(key: Any, number: int) -> jax.Array:
+    """A key of its own for each number, of the same key on every machine and in every session.
+
+    An integer's is threefry's, whatever the session's generator, with all 64 bits of it. Raises as
+    `sample_faults` for what is no key.
+    """
+    words = np.array(_words(key), np.uint32)
+    with jax.transfer_guard("allow"):
+        if not isinstance(key, jax.Array):
+            key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+        return jax.random.fold_in(key, number)
+
+
+def _words(key: Any) -> tuple[int, ...]:
+    """The 32-bit words of a key."""
+    is_integer = isinstance(key, (int, np.integer)) and not isinstance(key, (bool, np.bool_))
+    if is_integer:
         if not 0 <= key < 2**64:
             raise ValueError(f"key {key} is out of range: allowed are integers from 0 to 2**64 - 1")
-        words = [int(key) >> 32, int(key) & 0xFFFFFFFF]  # as jax.random.key(key) stores it
-    elif isinstance(key, jax.Array):
+        return int(key) >> 32, int(key) & 0xFFFFFFFF  # as jax.random.key(key) stores it
+    if isinstance(key, jax.Array):
         typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-        data = np.asarray(jax.random.key_data(key) if typed else key)
-        words = [int(word) for word in data.reshape(-1)]
-    else:
-        raise TypeError(f"key {key!r} is not a key: allowed are an integer and a JAX random key")
-    return np.random.Philox(np.random.SeedSequence(words, spawn_key=(stratum,)))
+        if key.ndim == (0 if typed else 1) and (typed or key.dtype == np.uint32):
+            data = np.asarray(jax.random.key_data(key) if typed else key)
+            return tuple(int(word) for word in data.reshape(-1))
+        raise TypeError(f"key is {key.dtype}{key.shape}: allowed are an integer and one random key")
+    raise TypeError(f"key {key!r} is not a key: allowed are an integer and a JAX random key")
+
+
+def _generator(key: Any, stratum: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(_words(key), spawn_key=(stratum,)))
 
 
 def _draw_distinct(generator: np.random.Philox, count: int, population: int) -> np.ndarray:

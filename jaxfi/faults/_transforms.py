@@ -11,6 +11,7 @@ branches: it can be jitted and vmapped over any batch.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jax import lax
 
 PyTree = Any
 
+HIT_GRADIENTS = ("zero", "straight-through")
 FAULT_MODELS = ("bit-flip", "stuck-at-0", "stuck-at-1", "zero", "value", "null")
 BIT_MODELS = FAULT_MODELS[:3]  # those that name a bit; the others name a whole word
 
@@ -43,7 +45,8 @@ class Fault(NamedTuple):
 def word_bits(dtype: Any) -> int:
     """Width in bits of a stored word of `dtype`: 8, 16, 32 or 64.
 
-    Raises TypeError for a dtype whose storage is not a whole float or integer word.
+    Raises TypeError for a dtype whose storage is not a whole float or integer word, such as int4,
+    which takes 4 bits of its byte.
 
     >>> word_bits("bfloat16")
     16
@@ -80,12 +83,28 @@ def leaf_paths(params: PyTree) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
 
 
+# What to do with leaves that are no numbers.
+_TAKE_OUT = "take it out of the tree that faults go into, as nnx.split and eqx.partition do"
+_INSTEAD = dict.fromkeys(("int4", "int2", "uint4", "uint2"), "; int8 holds its values")
+
+
 def describe_leaves(params: PyTree) -> tuple[tuple, tuple, tuple]:
     """Path, shape and dtype name of every leaf; TypeError for one that is not a numeric array."""
     paths, leaves = leaf_paths(params), jax.tree.leaves(params)
     for path, leaf in zip(paths, leaves, strict=True):
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise TypeError(f"leaf {path} is a {type(leaf).__name__}: allowed are arrays")
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"leaf {path} is a random key: {_TAKE_OUT}")
+        if leaf.dtype == bool:
+            raise TypeError(f"leaf {path} is bool, a mask: {_TAKE_OUT}, or cast it to int8")
+        try:
+            word_bits(leaf.dtype)
+        except TypeError:
+            raise TypeError(
+                f"leaf {path} has dtype {leaf.dtype}: allowed are floats and integers of 8, 16, 32 "
+                f"or 64 bits{_INSTEAD.get(str(leaf.dtype), '')}"
+            ) from None
         if paths.count(path) > 1:
             raise ValueError(f"two leaves have the path {path}: a fault could not name its leaf")
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
@@ -99,32 +118,107 @@ def described_leaves(params: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def corrupt(array: jax.Array, element: Any, keep: Any, flip: Any) -> jax.Array:
+def reread(array: jax.Array, words: jax.Array, hit_gradient: str = "zero") -> jax.Array:
+    """`array` with the stored `words` in place of its own; the gradient goes straight through.
+
+    Args:
+      array: any shape, float or integer dtype.
+      words: of the same shape, as `to_words` gives them.
+      hit_gradient: of the elements whose word is another: "zero", since a stuck weight does not
+        move what the network sees; or "straight-through", as of the others (Bengio et al., 2013).
+    """
+    if hit_gradient not in HIT_GRADIENTS:
+        allowed = ", ".join(HIT_GRADIENTS)
+        raise ValueError(f"unknown hit_gradient {hit_gradient!r}: allowed are {allowed}")
+    return _reread(array, words, hit_gradient)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _reread(array: jax.Array, words: jax.Array, hit_gradient: str) -> jax.Array:
+    return lax.bitcast_convert_type(words, array.dtype)
+
+
+@_reread.defjvp
+def _reread_jvp(hit_gradient: str, primals: tuple, tangents: tuple) -> tuple:
+    (array, words), (tangent, _) = primals, tangents
+    if hit_gradient == "zero":
+        tangent = jnp.where(to_words(array) == words, tangent, jnp.zeros_like(tangent))
+    return _reread(array, words, hit_gradient), tangent
+
+
+def corrupt(
+    array: jax.Array, element: Any, keep: Any, flip: Any, *, hit_gradient: str = "zero"
+) -> jax.Array:
     """`array` with the words at flat index `element` replaced by `(word & keep) ^ flip`.
 
     Args:
       array: any shape, float or integer dtype.
-      element: int scalar or [K], flat indices in C order; one past the end changes nothing.
+      element: int scalar or [K], flat indices in C order; one past the end changes nothing. Faults
+        in one element all change it, in their order.
       keep, flip: unsigned words, shaped like `element`.
+      hit_gradient: see `reread`.
 
     Returns an array of the same shape and dtype. Raises TypeError for a dtype without words of 8,
     16, 32 or 64 bits.
+
+    >>> corrupt(jnp.ones(2), jnp.array([1, 1]), jnp.uint32([2**32 - 1] * 2),
+    ...         jnp.uint32([2**31, 1 << 23])).tolist()
+    [1.0, -0.5]
     """
     if array.size == 0:
         return array
+    element = jnp.asarray(element)
+    keep, flip = (jnp.asarray(mask).astype(word_dtype(array.dtype)) for mask in (keep, flip))
+    if element.ndim:
+        element, keep, flip = _composed(element, keep, flip, array.size)
+    return corrupt_distinct(array, element, keep, flip, hit_gradient)
+
+
+def corrupt_distinct(
+    array: jax.Array, element: Any, keep: Any, flip: Any, hit_gradient: str = "zero"
+) -> jax.Array:
+    """`corrupt` for elements that are distinct, which nothing checks."""
     words = to_words(array).reshape(-1)
     old = words.at[element].get(mode="clip")
     new = (old & jnp.asarray(keep).astype(words.dtype)) ^ jnp.asarray(flip).astype(words.dtype)
     words = words.at[element].set(new, mode="drop")
-    return lax.bitcast_convert_type(words, array.dtype).reshape(array.shape)
+    return reread(array, words.reshape(array.shape), hit_gradient)
 
 
-def inject(params: PyTree, fault: Fault) -> PyTree:
+def _composed(
+    element: jax.Array, keep: jax.Array, flip: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One fault for each element: (w & k) ^ f and then (w & l) ^ g is (w & k & l) ^ (f & l ^ g).
+
+    The last fault of an element gets all of its faults, the others an element past the end.
+    """
+    order = jnp.argsort(element, stable=True)
+    element, keep, flip = element[order], keep[order], flip[order]
+    first = jnp.concatenate([jnp.ones(1, bool), element[1:] != element[:-1]])[: len(element)]
+    last = jnp.concatenate([element[1:] != element[:-1], jnp.ones(1, bool)])[: len(element)]
+
+    def then(before: tuple, after: tuple) -> tuple:
+        (starts, keep, flip), (new, keeps, flips) = before, after
+        both = keep & keeps, (flip & keeps) ^ flips
+        return (
+            starts | new,
+            jnp.where(new, keeps, both[0]),
+            jnp.where(new, flips, both[1]),
+        )
+
+    _, keep, flip = lax.associative_scan(then, (first, keep, flip))
+    return jnp.where(last, element, size), keep, flip
+
+
+def inject(params: PyTree, fault: Fault, *, hit_gradient: str = "zero") -> PyTree:
     """`params` with the fault in it: pure, jit-able, and vmap-able over a batch of faults.
 
     Args:
       params: any pytree of float or integer arrays.
-      fault: scalars for one fault; arrays [K] inject K faults together, in distinct elements.
+      fault: scalars for one fault; arrays [K] inject K faults together, in their order: several in
+        one element all change it.
+      hit_gradient: of the faulty elements, "zero" or "straight-through"; the gradient of the others
+        is that of the fault-free ones, so that a network can be trained with faults in it.
 
     Returns:
       A tree like `params`. Only the faulty elements differ.
@@ -142,5 +236,5 @@ def inject(params: PyTree, fault: Fault) -> PyTree:
     for number, leaf in enumerate(leaves):
         array = jnp.asarray(leaf)
         here = jnp.where(fault.leaf == number, fault.element, array.size)  # out of range: no-op
-        faulty.append(corrupt(array, here, fault.keep, fault.flip))
+        faulty.append(corrupt(array, here, fault.keep, fault.flip, hit_gradient=hit_gradient))
     return jax.tree.unflatten(treedef, faulty)

@@ -76,6 +76,34 @@ class Network:
     blocks: Mapping[core.Var, Blocks]
 
 
+def afresh(apply_fn: ApplyFn) -> ApplyFn:
+    """`apply_fn` as it is now, and its one output array out of any container.
+
+    JAX keeps what it traced by the function: it would not see that a variable that a function
+    closes over was set to another value since. So this is a new function at each call, and of a
+    jitted one it is what was jitted. (A jitted function *inside* `apply_fn` stays what it was when
+    JAX first traced it.)
+    """
+    inner = getattr(apply_fn, "__wrapped__", None) if hasattr(apply_fn, "lower") else None
+    function = inner or apply_fn
+
+    def now(params: PyTree, images: Any) -> Any:
+        return _one_array(function(params, images))
+
+    return now
+
+
+def _one_array(outputs: Any) -> Any:
+    leaves = jax.tree.leaves(outputs)
+    if len(leaves) == 1 and dataclasses.is_dataclass(leaves[0]):
+        fields = [getattr(leaves[0], field.name) for field in dataclasses.fields(leaves[0])]
+        leaves = jax.tree.leaves(fields)
+    if any(not hasattr(leaf, "shape") for leaf in leaves):
+        found = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
+        raise TypeError(f"apply_fn returned {found}: allowed is one float array [batch, classes]")
+    return leaves[0] if len(leaves) == 1 else tuple(leaves)
+
+
 def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> Network:
     """Traces `apply_fn(params, images)`.
 
@@ -86,6 +114,7 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
 
     Raises ValueError if the output is not [batch, classes] of a float dtype.
     """
+    apply_fn = afresh(apply_fn)
     jaxpr, closed_over = _flat_jaxpr(apply_fn, params, images)
     _check_output(jaxpr, images.shape[0])
     num_leaves = len(jax.tree.leaves(params))
@@ -287,6 +316,28 @@ def _check_output(jaxpr: core.Jaxpr, batch: int) -> None:
         raise ValueError(
             f"apply_fn returned {', '.join(found) or 'nothing'} for a batch of {batch} images: "
             "allowed is one float array [batch, classes]"
+        )
+
+
+def num_classes(network: Network) -> int:
+    """Columns of the output; ValueError for one, of which argmax knows one class."""
+    output = network.output.aval
+    if output.shape[1] == 1:
+        raise ValueError(
+            f"apply_fn returned {output.str_short()}, one column, whose argmax is always class 0: "
+            "allowed are two or more, such as jnp.concatenate([1 - p, p], axis=1) of a probability "
+            "p, or [0, z] of a logit z"
+        )
+    return output.shape[1]
+
+
+def check_uses_params(network: Network) -> None:
+    """Raises ValueError for a network whose output depends on no parameter."""
+    read = {var for equation in network.equations for var in variables(equation.invars)}
+    if not read.intersection(network.leaves) and network.output not in network.leaves:
+        raise ValueError(
+            "apply_fn does not use params: no fault in them could change its output; allowed is a "
+            "function of its first argument, not of parameters that it closes over"
         )
 
 

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import core
 
 from jaxfi.faults import layer_of
@@ -44,6 +43,7 @@ from jaxfi.faults._transforms import (
     PyTree,
     corrupt,
     leaf_paths,
+    reread,
     to_words,
     word_dtype,
 )
@@ -130,15 +130,21 @@ def _named_calls(name: str, calls: list[core.Var]) -> list[tuple[str, list[core.
 
 
 def inject_neurons(
-    apply_fn: ApplyFn, neurons: Neurons, fault: Fault, *, per_image: bool = False
+    apply_fn: ApplyFn,
+    neurons: Neurons,
+    fault: Fault,
+    *,
+    per_image: bool = False,
+    hit_gradient: str = "zero",
 ) -> ApplyFn:
     """`apply_fn` with faults in its neurons: pure, jit-able, and vmap-able over `fault`.
 
     Args:
       apply_fn: as in `neuron_outputs`.
       neurons: what `neuron_outputs` gave, with the same `per_image`.
-      fault: of a `FaultList` on `neurons`: scalars, or [K] faults together in distinct neurons.
+      fault: of a `FaultList` on `neurons`: scalars, or [K] faults together.
         With `per_image`, K faults can hit K images differently.
+      hit_gradient: of the faulty neurons, as in `inject`.
 
     Returns a function of parameters and images [batch, ...] to outputs [batch, classes].
     """
@@ -148,15 +154,23 @@ def inject_neurons(
             return output
         number, size = list(neurons).index(layer), np.prod(neurons[layer].shape, dtype=np.int32)
         element = jnp.where(fault.leaf == number, fault.element, size)  # out of range: no-op
-        if per_image:
-            return corrupt(output, element, fault.keep, fault.flip)
-        return jax.vmap(lambda one: corrupt(one, element, fault.keep, fault.flip))(output)
+
+        def faulty(values: jax.Array) -> jax.Array:
+            masks = fault.keep, fault.flip
+            return corrupt(values, element, *masks, hit_gradient=hit_gradient)
+
+        return faulty(output) if per_image else jax.vmap(faulty)(output)
 
     return transform_outputs(apply_fn, change)
 
 
 def with_neuron_words(
-    apply_fn: ApplyFn, params: PyTree, neurons: Neurons, *, per_image: bool = False
+    apply_fn: ApplyFn,
+    params: PyTree,
+    neurons: Neurons,
+    *,
+    per_image: bool = False,
+    hit_gradient: str = "zero",
 ) -> tuple[ApplyFn, PyTree]:
     """A network and its parameters in which faults in extra leaves are faults in neurons.
 
@@ -169,6 +183,7 @@ def with_neuron_words(
       apply_fn, params: as in `neuron_outputs`.
       neurons: what `neuron_outputs` gave, with the same `per_image`: then the network takes
         batches of the size that `neurons` has.
+      hit_gradient: of the faulty neurons, as in `inject`.
 
     Returns the network, of that tree and images, and the tree.
     """
@@ -190,7 +205,7 @@ def with_neuron_words(
                 override, flip = override[None], flip[None]
             kept = override == np.array(-1).astype(override.dtype)
             changed = jnp.where(kept, to_words(output), override) ^ flip
-            return lax.bitcast_convert_type(changed, output.dtype)
+            return reread(output, changed, hit_gradient)
 
         return transform_outputs(apply_fn, change)(tree["params"], images)
 

@@ -170,7 +170,7 @@ def test_pickled_objects_are_not_executed(tmp_path):
     with pytest.raises(ValueError, match=r"a\.pt: not a PyTorch state dict"):
         load_state(tmp_path / "a.pt")
     torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"b\.pt: not a state dict .* holds \['epoch', 'loss'\]"):
+    with pytest.raises(ValueError, match=r"b\.pt: not a state dict of tensors: 'epoch' is a int"):
         load_state(tmp_path / "b.pt")
 
 
@@ -319,7 +319,7 @@ def test_fault_list_of_variables_may_name_running_statistics(tmp_path):
         ("1,conv1,__import__('os'),3", r"line 3: .* is not an index"),
         ('1,conv1,"(0, 0, 0, 0)",32', r"line 3: bit 32 is outside a float32 word of 32 bits"),
         ('1,conv1,"(0, 0, 0, 0)",-1', r"line 3: '-1' is not an"),
-        ('1,conv1,"(0, 0, 0, 0)",3.0', r"line 3: '3.0' is not an"),
+        ('1,conv1,"(0, 0, 0, 0)",3.5', r"line 3: '3.5' is not an"),
         ('x,conv1,"(0, 0, 0, 0)",3', r"line 3: 'x' is not an"),
         ("1,conv1", r"line 3: '' is not an"),
     ],
