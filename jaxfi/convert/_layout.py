@@ -12,8 +12,8 @@
 | `bn1.running_mean`, `bn1.running_var` | `batch_stats`: `bn1/mean`, `bn1/var` | |
 
 K is one to three axes; of the first transposed convolution they are reversed. Grouped and depthwise
-convolutions are laid out as the others. What is a transposed convolution, and what reads a flattened
-image, no name or shape tells: `kinds` and `flattened` do.
+convolutions are laid out as the others. No name or shape tells what is a transposed convolution, or
+what reads a flattened image: `kinds` and `flattened` do.
 """
 
 from __future__ import annotations

@@ -44,16 +44,26 @@ _FULL = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
 _FLOAT16_SMALLEST_NORMAL, _FLOAT16_STEPS = 2.0**-14, 2.0**24
 
 
+def _straight_through(rounding: Rounding) -> Rounding:
+    """`rounding`, whose derivative is 1: XLA's is the tangent rounded, so that small ones are 0."""
+    rounded = jax.custom_jvp(rounding)
+    rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+    return rounded
+
+
+@_straight_through
 def round_to_tf32(x: jax.Array) -> jax.Array:
     """`x` with 10 bits of mantissa and float32's exponents; nearest, ties to even."""
     return _reduce(x, exponent_bits=8, mantissa_bits=10)
 
 
+@_straight_through
 def round_to_bfloat16(x: jax.Array) -> jax.Array:
     """`x` with bfloat16's values, in its own dtype; nearest, ties to even."""
     return _reduce(x, exponent_bits=8, mantissa_bits=7)
 
 
+@_straight_through
 def round_to_float16(x: jax.Array) -> jax.Array:
     """`x` with IEEE float16's values, in its own dtype; nearest, ties to even, overflow to Inf.
 
@@ -106,7 +116,7 @@ def with_arithmetic(apply_fn: ApplyFn, arithmetic: Mapping[str, str]) -> ApplyFn
         whatever the backend's default.
 
     Returns:
-      A function like `apply_fn`, pure and jit-able.
+      A function like `apply_fn`, pure and jit-able. Rounding passes derivatives on as they are.
 
     Raises ValueError for an unknown arithmetic; when called, also for a pattern that is the first
     to match no leaf, and for a convolution or matmul that no rounding can reach, as in shard_map

@@ -219,12 +219,15 @@ def neuron_faults(faults: FaultList, tree: PyTree) -> FaultList:
       faults: on the tree of `neuron_outputs`; models "zero", "value" and "bit-flip".
       tree: the parameters of `with_neuron_words`.
 
-    Raises ValueError for another model.
+    Raises ValueError for another model, for a value whose word is all ones, which stands for no
+    fault, and for a value that follows a flip in the same neuron: they would come out in the other
+    order.
     """
     names = np.array(FAULT_MODELS)[faults.model]
     unknown = sorted(set(names.tolist()) - {"zero", "value", "bit-flip"})
     if unknown:
         raise ValueError(f"fault model {unknown[0]!r}: allowed are zero, value and bit-flip")
+    _check_order(faults)
     places = {path: number for number, path in enumerate(leaf_paths(tree))}
 
     def place(layer: int, has_bit: bool) -> int:
@@ -238,6 +241,25 @@ def neuron_faults(faults: FaultList, tree: PyTree) -> FaultList:
     )
     columns = (faults.element, faults.bit, faults.model, faults.value)
     return FaultList.from_arrays(tree, leaf, *columns, drawn_from=drawn_from)
+
+
+def _check_order(faults: FaultList) -> None:
+    ones = np.array([np.iinfo(word_dtype(d)).max for d in faults.dtypes], np.uint64)[faults.leaf]
+    keep, flip = faults.masks()
+    flipped: set[tuple[int, int]] = set()
+    for row, place in enumerate(zip(faults.leaf.tolist(), faults.element.tolist(), strict=True)):
+        if faults.bit[row] >= 0:
+            flipped.add(place)
+        elif place in flipped:
+            raise ValueError(
+                f"fault {row} writes a value after a flip in the same neuron of "
+                f"{faults.paths[place[0]]}: allowed are values before flips, or inject_neurons"
+            )
+        elif keep[row] == 0 and flip[row] == ones[row]:
+            raise ValueError(
+                f"fault {row} writes a word of ones, which stands for no fault: allowed is "
+                "inject_neurons"
+            )
 
 
 def with_random_values(faults: FaultList, seed: int, low: float, high: float) -> FaultList:
