@@ -17,6 +17,19 @@ from scipy import optimize, sparse
 
 from jaxfi.outcomes._outcomes import CRITICAL, MASKED
 
+__all__ = [
+    "DETECTS",
+    "Cover",
+    "Curve",
+    "ExactCover",
+    "cover",
+    "coverage_curve",
+    "exact_cover_size",
+    "images_needed",
+    "num_detectable",
+    "rank_images",
+]
+
 DETECTS = ("observable", "critical")
 _BLOCK_BYTES = 2**24  # of outcomes that are looked at in one go
 
