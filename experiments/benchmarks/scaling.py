@@ -36,7 +36,7 @@ _MARGIN = flags.DEFINE_float("margin", 0.01, "Sets the number of faults.")
 _SURVIVING = flags.DEFINE_float("surviving", 1.0, "Share of pairs that need the suffix.")
 _MEMORY = flags.DEFINE_float("memory", 141e9, "Bytes of a device: H200.")
 _DEVICES = (1, 8, 256)
-_BLOCKS = 4  # of faults, that a device runs at least (jaxfi.workers)
+_BLOCKS = 4  # of faults, that a device runs at least (campaign/_workers.py)
 _CLASSES = 1000
 
 

@@ -70,7 +70,7 @@ def run_sequential(
 ) -> AdaptiveCampaign:
     """Draws faults until every rate's interval is within the margin, and stops.
 
-    The intervals are those of a confidence sequence (`jaxfi.anytime`): they hold with their
+    The intervals are those of a confidence sequence (`_anytime.py`): they hold with their
     confidence although the stop depends on them.
 
     Args:
@@ -120,7 +120,7 @@ def run_stratified(
 ) -> AdaptiveCampaign:
     """Divides the sites by layer and bit position, and draws more faults where they differ.
 
-    A pilot shows where; `jaxfi.strata` says how the rest is divided, and how the stages become one
+    A pilot shows where; `_strata.py` says how the rest is divided, and how the stages become one
     estimate. The intervals are large-sample ones, as the fixed sample's are.
 
     Args:

@@ -2,7 +2,7 @@
 
 A directory holds `campaign.json` (the fingerprint), `faults-*.npz` (the fault list), `golden-*.npz`
 (golden outputs and labels), one `lock-*` a process, and `results/faults-*.parquet`: the chunks
-(jaxfi.chunks says how others read them). Every data file carries the hash of its content in its
+(_chunks says how others read them). Every data file carries the hash of its content in its
 name: it is verified as a whole, and processes that write the same directory cannot collide.
 """
 

@@ -2,7 +2,7 @@
 
 reference  inject, run the plain network, one fault at a time: the oracle for everything.
 vmap       the whole network vmapped over a batch of faulty parameters, golden as one lane.
-fast       columns, channel tail, packed suffix (jaxfi.plan says what runs where).
+fast       columns, channel tail, packed suffix (_plan.py says what runs where).
 
 All run batches of one size, padded, so that every operation keeps its shape: floating-point sums
 depend on it. See docs/engine.md.
