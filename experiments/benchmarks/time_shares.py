@@ -118,7 +118,7 @@ def measure(settings: engine.Settings) -> tuple[float, Clock, float]:
     with (
         mock.patch("jaxfi.engine._engines.Programs", timed_programs(clock)),
         mock.patch("jaxfi.campaign._run.golden_run", timed_golden_run(clock)),
-        mock.patch("jaxfi.campaign._run.trace_network", trace),
+        mock.patch("jaxfi.campaign._checks.trace_network", trace),
     ):
         seconds, _ = run_jaxfi(settings, subject, faults)
     num_batches = -(-len(subject.images) // min(settings.batch_size, len(subject.images)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,13 +15,17 @@ import numpy as np
 from jaxfi.engine._compilation import checked_precision, compiled
 from jaxfi.engine._engines import ENGINES
 from jaxfi.engine._explain import LeafCost, least_memory
-from jaxfi.faults import FaultList, PyTree
+from jaxfi.engine._plan import mixes_images
+from jaxfi.faults import PyTree
 from jaxfi.faults._sites import checked_integer
-from jaxfi.network import ApplyFn, Network
-from jaxfi.network._graph import reached_from
+from jaxfi.network import ApplyFn, Network, trace_network
+from jaxfi.network._frozen import frozen
+from jaxfi.network._graph import COUPLED, num_classes, used_leaves
 from jaxfi.network._loops import MOST_TURNS, most_turns
+from jaxfi.network._rows import Certain
 from jaxfi.outcomes._outcomes import checked_nan_policy
 
+_PACKAGE = str(Path(__file__).parents[1])
 _LIMIT = 100  # times the turns of the fault-free network: then a loop is endless
 
 
@@ -32,40 +38,93 @@ def check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
     checked_integer("seed", seed, 0)
 
 
-def checked_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """[N, ...] images as JAX would hold them, and [N] int32 labels."""
-    images, labels = np.asarray(held("images", images)), np.asarray(held("labels", labels))
-    if images.ndim < 1 or not len(images):
-        raise ValueError(f"images have shape {images.shape}: allowed is [N, ...] with N >= 1")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels have shape {labels.shape}: allowed is {images.shape[:1]}")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"labels have dtype {labels.dtype}: allowed are integers")
-    if len(outside := labels[(labels < 0) | (labels >= 2**31)]):
-        raise ValueError(f"labels hold {outside[0]}: allowed are the network's classes, from 0")
-    if images.dtype.kind not in "fiubV":
-        raise TypeError(f"images have dtype {images.dtype}: allowed are numbers")
-    if images.dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        images = images.astype(np.float32)
-    return images, labels.astype(np.int32)
+class Inputs(NamedTuple):
+    """What a campaign is of, checked, on one device.
 
-
-def checked_params(params: PyTree, device: jax.Device) -> PyTree:
-    """The parameters on one device, wherever they were.
-
-    Raises ValueError naming a leaf that was deleted, or that other processes hold a part of.
+    Attributes:
+      apply_fn: the function as it is now.
+      params: on the device.
+      batches: [num_batches, batch_size, ...] images, the last batch filled up.
+      labels: [N] int32.
+      network: of one batch.
     """
 
-    def checked(path: tuple, leaf: Any) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jax.device_put(held(f"leaf {name}", leaf), device)
+    apply_fn: ApplyFn
+    params: PyTree
+    batches: np.ndarray
+    labels: np.ndarray
+    network: Network
 
-    return jax.tree_util.tree_map_with_path(checked, params)
+
+def checked_inputs(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    images: Any,
+    labels: Any,
+    batch_size: int,
+    device: jax.Device,
+) -> Inputs:
+    """Raises ValueError or TypeError for a function, parameters, images or labels that do not fit,
+    naming what was given and what is allowed."""
+    images = _checked_images(images)
+    labels = np.asarray(_held("labels", labels))
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels have shape {labels.shape}: allowed is {images.shape[:1]}, one class an image"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels have dtype {labels.dtype}: allowed are integers")
+    batches = in_batches(images, batch_size)
+    params, apply_fn = _on_device(params, device), frozen(apply_fn)
+    batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
+    network = trace_network(apply_fn, params, batch)
+    used_leaves(network)
+    return Inputs(apply_fn, params, batches, _classes(labels, num_classes(network)), network)
 
 
-def held(name: str, array: Any) -> Any:
+def _checked_images(images: Any) -> np.ndarray:
+    """[N, ...] images as JAX would hold them."""
+    images = np.asarray(_held("images", images))
+    if images.ndim < 1 or not len(images):
+        raise ValueError(f"images have shape {images.shape}: allowed is [N, ...] with N >= 1")
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(images.dtype)
+    except TypeError:
+        raise TypeError(f"images have dtype {images.dtype}: allowed are numbers") from None
+    held = images.astype(dtype)
+    if images.dtype.kind in "iu" and (held != images).any():
+        raise ValueError(
+            f"images hold {images[held != images][0]}, which JAX cuts to 32 bits: set "
+            "jax_enable_x64, or cast them"
+        )
+    return held
+
+
+def _classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Labels as int32; ValueError for one that is no class of the network."""
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise ValueError(
+            f"labels hold {outside[0]}: allowed are the network's classes, 0 to {num_classes - 1}"
+        )
+    return labels.astype(np.int32)
+
+
+def _on_device(params: PyTree, device: jax.Device) -> PyTree:
+    """The parameters on one device, wherever they were."""
+
+    def moved(path: tuple, leaf: Any) -> jax.Array:
+        name = f"leaf {jax.tree_util.keystr(path, simple=True, separator='/')}"
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{name} is a shape without values: allowed are arrays")
+        return jax.device_put(_held(name, leaf), device)
+
+    return jax.tree_util.tree_map_with_path(moved, params)
+
+
+def _held(name: str, array: Any) -> Any:
     """The array, if this process has all of it; else ValueError naming it."""
-    if isinstance(array, jax.Array):
+    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
         if array.is_deleted():
             raise ValueError(f"{name} was deleted, as by a step that its buffer was donated to")
         if not array.is_fully_addressable:
@@ -73,59 +132,66 @@ def held(name: str, array: Any) -> Any:
     return array
 
 
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Raises ValueError for labels that are no class of the network."""
-    outside = labels[(labels < 0) | (labels >= num_classes)]
-    if len(outside):
-        raise ValueError(
-            f"labels hold {outside[0]}: allowed are the network's classes, 0 to {num_classes - 1}"
-        )
-
-
-def check_filled_batch(
-    function: ApplyFn, params: PyTree, batches: np.ndarray, num_images: int, golden: np.ndarray
+def check_last_batch(
+    network: Network, run: Callable, batches: np.ndarray, num_images: int, golden: Any = None
 ) -> None:
-    """Raises ValueError if the images that fill up the last batch change the outputs of the others.
+    """Raises ValueError if what fills up the last batch may change the outputs of its images.
 
-    They are copies of the first image; the last one in their place must give the same bits.
+    Structure says of most networks that it does not, and of some that it may. Of the others two
+    runs decide: with other images in the place of the copies of the first, all bits must stay.
+
+    Args:
+      network: of one batch.
+      run: the fault-free function of a batch to outputs [batch, classes].
+      batches: [num_batches, batch_size, ...], `num_images` of them images.
+      golden: [n, classes] of the last batch's images, where they are known.
     """
-    batch_size = batches.shape[1]
-    count = num_images - (len(batches) - 1) * batch_size
-    if count == batch_size:
+    size = batches.shape[1]
+    count = num_images % size
+    mixes = mixes_images(network, [network.image], []) if count else ""
+    if not mixes:
         return
-    other = batches[-1].copy()
-    other[count:] = other[count - 1]
-    outputs = np.asarray(compiled(function)(params, other))[:count]
-    if outputs.tobytes() != golden[-count:].tobytes():
-        fitting = [n for n in range(1, num_images + 1) if num_images % n == 0]
-        near = min(fitting, key=lambda n: (abs(n - batch_size), n))
-        raise ValueError(
-            f"the network mixes the images of a batch, and {num_images} images in batches of "
-            f"{batch_size} leave one with {count}: allowed are batch sizes that divide "
-            f"{num_images}, such as {near}"
-        )
+    values = [var for equation in network.equations for var in equation.outvars]
+    coupled = any(network.batch_axis[var] == COUPLED for var in values)
+    if not coupled and not isinstance(mixes, Certain):
+        other = batches[-1].copy()
+        other[count:] = other[count - 1]
+        golden = np.asarray(run(batches[-1]))[:count] if golden is None else golden
+        if np.asarray(run(other))[:count].tobytes() == golden.tobytes():
+            return
+    divisors = [n for n in range(1, num_images + 1) if num_images % n == 0]
+    near = min(divisors, key=lambda n: (abs(n - size), n))
+    raise ValueError(
+        f"the network mixes the images of a batch, and {num_images} images in batches of {size} "
+        f"leave one with {count}: allowed are batch sizes that divide {num_images}, such as {near}"
+    )
 
 
-def warn_of(network: Network, faults: FaultList, golden: np.ndarray) -> None:
-    """Warns of faults that cannot do anything, and of golden outputs that are not finite."""
-    idle = [
-        f"{network.paths[leaf]} ({np.count_nonzero(faults.leaf == leaf):,})"
-        for leaf in np.unique(faults.leaf)
-        if network.output not in reached_from(network, network.leaves[leaf])
-    ]
+def warn_of_idle_faults(network: Network, leaves: np.ndarray) -> None:
+    """Warns of faults, in these leaves [F], that can do nothing."""
+    used = used_leaves(network)
+    idle = [leaf for leaf in np.unique(leaves) if leaf not in used]
     if idle:
-        warnings.warn(
-            f"the output does not depend on {', '.join(idle)}: their faults are masked by "
-            "construction",
-            stacklevel=3,
-        )
+        named = ", ".join(f"{network.paths[n]} ({np.count_nonzero(leaves == n):,})" for n in idle)
+        _warn(f"the output does not depend on {named}: their faults are masked by construction")
+
+
+def warn_of_non_finite(golden: np.ndarray) -> None:
+    """Warns of fault-free outputs [N, classes] that hold NaN or Inf."""
     wrong = np.count_nonzero(~np.isfinite(golden).all(axis=1))
     if wrong:
-        warnings.warn(
+        _warn(
             f"the fault-free network's outputs hold NaN or Inf for {wrong:,} of {len(golden):,} "
-            "images",
-            stacklevel=3,
+            "images"
         )
+
+
+def _warn(message: str) -> None:
+    """A warning at the line that called jaxfi."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def in_batches(images: np.ndarray, batch_size: int) -> np.ndarray:

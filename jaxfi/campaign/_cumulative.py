@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,19 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfi.campaign._checks import check_labels, checked_images, checked_params
+from jaxfi.campaign._checks import (
+    Inputs,
+    check_last_batch,
+    checked_inputs,
+    warn_of_idle_faults,
+)
 from jaxfi.engine._compilation import compiled, own_settings
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sampling import nth_key, sample_faults
 from jaxfi.faults._transforms import Fault, PyTree, inject
-from jaxfi.network._graph import (
-    ApplyFn,
-    afresh,
-    check_uses_params,
-    digest,
-    num_classes,
-    trace_network,
-)
+from jaxfi.network._graph import ApplyFn, digest
 from jaxfi.outcomes._outcomes import checked_nan_policy, judge
 
 
@@ -141,49 +140,33 @@ def cumulative_accuracy(
     if np.ndim(images) == 1 < np.ndim(labels):
         images, labels, counts = labels, counts, images
     _check_counts(counts, trials)
-    with own_settings():
-        return _accuracies(
-            apply_fn, params, trials, images, labels, counts, batch_size, trials_together, nan
-        )
-
-
-def _accuracies(
-    apply_fn: ApplyFn,
-    params: PyTree,
-    trials: Sequence[FaultList],
-    images: Any,
-    labels: Any,
-    counts: Any,
-    batch_size: int,
-    trials_together: int,
-    nan: str,
-) -> CumulativeResult:
-    images, labels = checked_images(images, labels)
+    device = jax.local_devices()[0]
     for trial in trials:
-        trial.validate(params)
-    params = checked_params(params, jax.local_devices()[0])
-    batches = _batches(images, labels, batch_size)
-    shape = jax.ShapeDtypeStruct(batches[0][0].shape, batches[0][0].dtype)
-    network = trace_network(apply_fn, params, shape)
-    check_uses_params(network)
-    check_labels(labels, num_classes(network))
-    count = _counting_program(apply_fn, digest(network), nan)
+        if len(trial):
+            trial.check_injectable(params)
+    with own_settings(), jax.default_device(device):
+        inputs = checked_inputs(apply_fn, params, images, labels, batch_size, device)
+        golden = functools.partial(compiled(inputs.apply_fn), inputs.params)
+        check_last_batch(inputs.network, golden, inputs.batches, len(inputs.labels))
+        warn_of_idle_faults(inputs.network, np.concatenate([trial.leaf for trial in trials]))
+        count = functools.partial(_counted, _counting_program(inputs, nan), inputs, counts)
+        starts = range(0, len(trials), trials_together)
+        totals = np.concatenate([count(trials[n : n + trials_together]) for n in starts])
+    accuracy, num_non_finite = totals[..., 0] / len(inputs.labels), totals[..., 1].astype(np.int64)
+    return CumulativeResult(np.asarray(counts, np.int64), accuracy, num_non_finite)
 
-    def run(together: Sequence[FaultList]) -> np.ndarray:
-        """[trials, S, 2] counts, of trials that run together."""
-        faulty = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(together)), params)
-        steps = []
-        for low, high in itertools.pairwise((0, *counts)):
-            if high > low:
-                faulty = _add_faults(faulty, _stack([trial[low:high] for trial in together]))
-            steps.append(sum(count(faulty, *batch) for batch in batches))
-        return np.asarray(jnp.stack(steps, axis=1))
 
-    starts = range(0, len(trials), trials_together)
-    totals = np.concatenate([run(trials[start : start + trials_together]) for start in starts])
-    return CumulativeResult(
-        np.asarray(counts, np.int64), totals[..., 0] / len(labels), totals[..., 1].astype(np.int64)
-    )
+def _counted(
+    program: Callable, inputs: Inputs, counts: Sequence[int], trials: Sequence[FaultList]
+) -> np.ndarray:
+    """[trials, S, 2] counts, of trials that run together."""
+    faulty = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(trials)), inputs.params)
+    batches, steps = _batches(inputs), []
+    for low, high in itertools.pairwise((0, *counts)):
+        if high > low:
+            faulty = _add_faults(faulty, _stack([trial[low:high] for trial in trials]))
+        steps.append(sum(program(faulty, *batch) for batch in batches))
+    return np.asarray(jnp.stack(steps, axis=1))
 
 
 def count_outputs(
@@ -203,17 +186,18 @@ def count_outputs(
 _add_faults = jax.jit(jax.vmap(inject))
 
 
-def _counting_program(apply_fn: ApplyFn, network: str, nan: str) -> Callable:
+def _counting_program(inputs: Inputs, nan: str) -> Callable:
     """`count_outputs` over faulty networks; in a campaign's arithmetic, which keeps every NaN.
 
     Networks that compute the same, by their digest, share a program.
     """
-    if (network, nan) not in _PROGRAMS:
+    key = digest(inputs.network), nan
+    if key not in _PROGRAMS:
         if len(_PROGRAMS) == _MOST_PROGRAMS:
             del _PROGRAMS[next(iter(_PROGRAMS))]
-        count = functools.partial(count_outputs, afresh(apply_fn), nan=nan)
-        _PROGRAMS[network, nan] = compiled(jax.vmap(count, in_axes=(0, None, None)))
-    return _PROGRAMS[network, nan]
+        count = functools.partial(count_outputs, inputs.apply_fn, nan=nan)
+        _PROGRAMS[key] = compiled(jax.vmap(count, in_axes=(0, None, None)))
+    return _PROGRAMS[key]
 
 
 _PROGRAMS: dict[tuple[str, str], Callable] = {}
@@ -225,16 +209,13 @@ def _stack(parts: Sequence[FaultList]) -> Fault:
     return jax.tree.map(lambda *columns: jnp.stack(columns), *(part.batch() for part in parts))
 
 
-def _batches(images: Any, labels: Any, batch_size: int) -> list[tuple[jax.Array, jax.Array]]:
-    """Batches of one size: the last is filled up with images that do not count."""
-    batch_size = min(batch_size, len(labels))
-    missing = -len(labels) % batch_size
-    images = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
-    labels = np.concatenate([np.asarray(labels, np.int32), np.full(missing, -1, np.int32)])
-    return [
-        (jnp.asarray(images[start : start + batch_size]), jnp.asarray(labels[start:][:batch_size]))
-        for start in range(0, len(labels), batch_size)
-    ]
+def _batches(inputs: Inputs) -> list[tuple[jax.Array, jax.Array]]:
+    """Batches of images and labels; what fills up the last one has a label that does not count."""
+    shape = inputs.batches.shape[:2]
+    filled = np.full(math.prod(shape), -1, np.int32)
+    filled[: len(inputs.labels)] = inputs.labels
+    labels = filled.reshape(shape)
+    return [(jnp.asarray(x), jnp.asarray(y)) for x, y in zip(inputs.batches, labels, strict=True)]
 
 
 def _check_counts(counts: Sequence[int], trials: Sequence[FaultList]) -> None:

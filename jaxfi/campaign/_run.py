@@ -16,15 +16,13 @@ from tqdm.auto import tqdm
 
 from jaxfi.campaign._checks import (
     check_choices,
-    check_filled_batch,
-    check_labels,
+    check_last_batch,
     checked_devices,
-    checked_images,
+    checked_inputs,
     checked_loop_limit,
     checked_memory,
-    checked_params,
-    in_batches,
-    warn_of,
+    warn_of_idle_faults,
+    warn_of_non_finite,
 )
 from jaxfi.campaign._fingerprint import fingerprint
 from jaxfi.campaign._ledger import Ledger, MemoryLedger, open_directory
@@ -36,13 +34,13 @@ from jaxfi.campaign._workers import (
     split_blocks,
     start_workers,
 )
-from jaxfi.engine._compilation import own_settings
+from jaxfi.engine._compilation import compiled, own_settings
 from jaxfi.engine._explain import LeafCost, leaf_costs, plan_text
 from jaxfi.engine._golden import Setup, golden_run, network_function
 from jaxfi.engine._plan import part_of_layer, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import PyTree
-from jaxfi.network._graph import ApplyFn, afresh, check_uses_params, num_classes, trace_network
+from jaxfi.network._graph import ApplyFn, trace_network
 from jaxfi.network._loops import has_open_loop, with_loop_limit
 from jaxfi.outcomes._outcomes import (
     Results,
@@ -107,38 +105,37 @@ def run_campaign(
     [[2, 1], [0, 0]]
     """
     check_choices(engine, precision, nan, seed)
-    with own_settings():
-        images, labels = checked_images(images, labels)
-    batches = in_batches(images, batch_size)
     faults.check_injectable(params)
     devices = checked_devices(devices, workdir)
     arithmetic = jax.default_matmul_precision(precision)
     with own_settings(), arithmetic, jax.default_device(devices[0]):
-        params, apply_fn = checked_params(params, devices[0]), afresh(apply_fn)
-        batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
-        network = trace_network(apply_fn, params, batch)
-        check_uses_params(network)
-        check_labels(labels, num_classes(network))
+        apply_fn, params, batches, labels, network = checked_inputs(
+            apply_fn, params, images, labels, batch_size, devices[0]
+        )
         if has_open_loop(network):
             loop_limit = checked_loop_limit(loop_limit, apply_fn, params, batches)
             apply_fn = with_loop_limit(apply_fn, loop_limit)
+            batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
             network = trace_network(apply_fn, params, batch)
         leaves = np.unique(faults.leaf).tolist() if engine == "fast" else []
         plans = plan_leaves(network, leaves)
         costs = leaf_costs(network, plans.values(), faults.leaf)
-        num_kept = len(images) * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
+        num_kept = len(labels) * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
         memory = checked_memory(memory_budget, devices, num_kept, costs)
         function = network_function(network, apply_fn)
-        golden, speed = golden_run(function, params, batches, len(images))
-        check_filled_batch(function, params, batches, len(images), golden)
-        warn_of(network, faults, golden)
+        golden, speed = golden_run(function, params, batches, len(labels))
+        run = functools.partial(compiled(function), params)
+        last = golden[len(golden) - len(golden) % batches.shape[1] :]
+        check_last_batch(network, run, batches, len(labels), last)
+        warn_of_idle_faults(network, faults.leaf)
+        warn_of_non_finite(golden)
         setup = Setup(network, function, params, batches, labels, golden, nan, memory, plans)
         prices = {leaf: leaf_price(cost) for leaf, cost in zip(leaves, costs, strict=True)}
         work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices)
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
-                plan = plan_text(costs, len(images), len(batches), memory, speed)
+                plan = plan_text(costs, len(labels), len(batches), memory, speed)
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()

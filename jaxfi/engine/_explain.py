@@ -21,7 +21,7 @@ from jaxfi.engine._plan import LeafPlan, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sites import checked_integer
 from jaxfi.faults._transforms import PyTree
-from jaxfi.network._graph import ApplyFn, Network, check_uses_params, num_classes, trace_network
+from jaxfi.network._graph import ApplyFn, Network, num_classes, trace_network, used_leaves
 
 
 class LeafCost(NamedTuple):
@@ -104,7 +104,7 @@ def explain(
         faults.validate(params)
     with own_settings(), jax.default_matmul_precision(checked_precision(precision)):
         network = trace_network(apply_fn, params, batch)
-    check_uses_params(network)
+    used_leaves(network)
     num_classes(network)  # two or more
     leaves = np.empty(0, np.int64) if faults is None else faults.leaf
     counts = np.bincount(leaves, minlength=len(network.leaves))

@@ -239,7 +239,7 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
     for var in packed:
         _check_batch_axis(network, var, columns.reached[var])
     compared = tuple(columns.frontier)
-    if mixes := _mixes_images(network, suffix_inputs, compared):
+    if mixes := mixes_images(network, suffix_inputs, compared):
         raise _NoColumns(mixes)
     golden = tuple(dict.fromkeys(columns.golden))
     needed = _cut(network, (*columns.taken, *golden), lambda v: is_storable(network, v))
@@ -469,10 +469,15 @@ def _in_order(network: Network, values: Iterable[core.Var]) -> tuple[core.Var, .
     return tuple(sorted(values, key=lambda var: order.get(var, -1)))
 
 
-def _mixes_images(
+def mixes_images(
     network: Network, suffix_inputs: Sequence[core.Var], compared: Iterable[core.Var]
 ) -> str:
-    """Why rows packed from several batches would not give each image's output; empty if they do."""
+    """Why rows packed from several batches would not give each image's output; empty if they do.
+
+    Args:
+      suffix_inputs: what the rows are of; of the image itself, whole batches.
+      compared: values whose rows must be the images' too, besides the output's.
+    """
     batch = network.image.aval.shape[0]
     if batch == 1:
         return ""

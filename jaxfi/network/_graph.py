@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -27,9 +27,8 @@ from jax.extend import core
 
 from jaxfi.faults._transforms import PyTree, leaf_paths
 from jaxfi.network._blocks import Blocks, blocked_dot, find_blocks, layer_dot, sum_length
+from jaxfi.network._frozen import ApplyFn, Array, Frozen, check_output, frozen
 
-Array = jax.Array
-ApplyFn = Callable[[PyTree, Array], Array]
 Value = core.Var | core.Literal
 UNKNOWN = -1  # depends on the images, but no axis is known to be theirs
 COUPLED = -2  # depends on the images, and no axis can be theirs: it mixes a batch's images
@@ -76,34 +75,6 @@ class Network:
     blocks: Mapping[core.Var, Blocks]
 
 
-def afresh(apply_fn: ApplyFn) -> ApplyFn:
-    """`apply_fn` as it is now, and its one output array out of any container.
-
-    JAX keeps what it traced by the function: it would not see that a variable that a function
-    closes over was set to another value since. So this is a new function at each call, and of a
-    jitted one it is what was jitted. (A jitted function *inside* `apply_fn` stays what it was when
-    JAX first traced it.)
-    """
-    inner = getattr(apply_fn, "__wrapped__", None) if hasattr(apply_fn, "lower") else None
-    function = inner or apply_fn
-
-    def now(params: PyTree, images: Any) -> Any:
-        return _one_array(function(params, images))
-
-    return now
-
-
-def _one_array(outputs: Any) -> Any:
-    leaves = jax.tree.leaves(outputs)
-    if len(leaves) == 1 and dataclasses.is_dataclass(leaves[0]):
-        fields = [getattr(leaves[0], field.name) for field in dataclasses.fields(leaves[0])]
-        leaves = jax.tree.leaves(fields)
-    if any(not hasattr(leaf, "shape") for leaf in leaves):
-        found = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
-        raise TypeError(f"apply_fn returned {found}: allowed is one float array [batch, classes]")
-    return leaves[0] if len(leaves) == 1 else tuple(leaves)
-
-
 def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> Network:
     """Traces `apply_fn(params, images)`.
 
@@ -114,9 +85,9 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
 
     Raises ValueError if the output is not [batch, classes] of a float dtype.
     """
-    apply_fn = afresh(apply_fn)
-    jaxpr, closed_over = _flat_jaxpr(apply_fn, params, images)
-    _check_output(jaxpr, images.shape[0])
+    now = frozen(apply_fn)
+    jaxpr, closed_over = _flat_jaxpr(now, params, images)
+    check_output(jaxpr, images.shape[0])
     num_leaves = len(jax.tree.leaves(params))
     leaves, image = tuple(jaxpr.invars[:num_leaves]), jaxpr.invars[num_leaves]
     equations = _needed(jaxpr.eqns, jaxpr.outvars)
@@ -124,7 +95,7 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
     for equation in equations:
         for var in variables(equation.invars):
             consumers.setdefault(var, []).append(equation)
-    batch_axis = _batch_axes(apply_fn, params, images, jaxpr)
+    batch_axis = _batch_axes(now, params, images, jaxpr)
     return Network(
         equations=equations,
         leaves=leaves,
@@ -285,9 +256,9 @@ def _needed(
 
 
 def _flat_jaxpr(
-    apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct
+    apply_fn: Frozen, params: PyTree, images: jax.ShapeDtypeStruct
 ) -> tuple[core.Jaxpr, list]:
-    nested = jax.make_jaxpr(apply_fn)(params, images)
+    nested = apply_fn.traced(params, images)
     flat = jax.make_jaxpr(lambda *inputs: _run_inlined(nested.jaxpr, nested.consts, inputs))(
         *[var.aval for var in nested.jaxpr.invars]
     )
@@ -308,17 +279,6 @@ def _run_inlined(jaxpr: core.Jaxpr, consts: Iterable, inputs: Iterable) -> list:
     return [read(env, value) for value in jaxpr.outvars]
 
 
-def _check_output(jaxpr: core.Jaxpr, batch: int) -> None:
-    found = [var.aval.str_short() for var in jaxpr.outvars]
-    shape: tuple = jaxpr.outvars[0].aval.shape if len(found) == 1 else ()
-    floating = len(found) == 1 and jax.numpy.issubdtype(jaxpr.outvars[0].aval.dtype, np.floating)
-    if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or not floating:
-        raise ValueError(
-            f"apply_fn returned {', '.join(found) or 'nothing'} for a batch of {batch} images: "
-            "allowed is one float array [batch, classes]"
-        )
-
-
 def num_classes(network: Network) -> int:
     """Columns of the output; ValueError for one, of which argmax knows one class."""
     output = network.output.aval
@@ -331,18 +291,21 @@ def num_classes(network: Network) -> int:
     return output.shape[1]
 
 
-def check_uses_params(network: Network) -> None:
-    """Raises ValueError for a network whose output depends on no parameter."""
+def used_leaves(network: Network) -> set[int]:
+    """The leaves that the output depends on, by number; ValueError if there are none."""
     read = {var for equation in network.equations for var in variables(equation.invars)}
-    if not read.intersection(network.leaves) and network.output not in network.leaves:
+    read.update(variables([network.output]))
+    used = {number for number, leaf in enumerate(network.leaves) if leaf in read}
+    if not used:
         raise ValueError(
             "apply_fn does not use params: no fault in them could change its output; allowed is a "
             "function of its first argument, not of parameters that it closes over"
         )
+    return used
 
 
 def _batch_axes(
-    apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct, jaxpr: core.Jaxpr
+    apply_fn: Frozen, params: PyTree, images: jax.ShapeDtypeStruct, jaxpr: core.Jaxpr
 ) -> dict[core.Var, int | None]:
     """Finds the images' axis of every value by tracing once more at another batch size.
 

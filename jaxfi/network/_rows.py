@@ -27,6 +27,10 @@ from jaxfi.network._sources import call_parameter, scan_counts
 Value = core.Var | core.Literal
 
 
+_REDUCTIONS = {"reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or",
+               "reduce_xor", "argmax", "argmin"}  # fmt: skip
+
+
 class Run(NamedTuple):
     """Where the rows are: an axis seen as [outer, length, inner], rows along `length`."""
 
@@ -39,6 +43,10 @@ class Run(NamedTuple):
 # What is known of a value: where its rows are; of one that does not depend on them, whether it is
 # uniform along a run; or why it is neither.
 State = Run | Callable[[Run], bool] | str
+
+
+class Certain(str):
+    """A reason why rows are mixed for certain; another may only say that there is no rule."""
 
 
 def mixes_rows(
@@ -133,7 +141,11 @@ def _carried(equation: core.JaxprEqn, operands: list[State], runs: list[Run | No
         if all(uniform):
             return result
         return f"{equation.primitive.name} behind it treats the places of a batch differently"
-    return f"{equation.primitive.name} behind it mixes the images of a batch, or has no rule"
+    reason = f"{equation.primitive.name} behind it mixes the images of a batch"
+    reduced = equation.params.get("axes", ()) if equation.primitive.name in _REDUCTIONS else ()
+    if any(run and run.axis in reduced for run in runs):
+        return Certain(reason)
+    return f"{reason}, or has no rule"
 
 
 def _holds(state: State, run: Run) -> bool:
@@ -241,7 +253,7 @@ def _of_call(equation: core.JaxprEqn, operands: list[State]) -> list[State]:
 
 def _of_cond(equation: core.JaxprEqn, operands: list[State]) -> list[State]:
     if isinstance(operands[0], Run):
-        return ["cond behind it looks at the images of a batch"] * len(equation.outvars)
+        return [Certain("cond behind it looks at the images of a batch")] * len(equation.outvars)
     branches = [_through(body, operands[1:]) for body in equation.params["branches"]]
     return [_joined(states) for states in zip(*branches, strict=True)]
 
@@ -299,7 +311,8 @@ def _of_while(equation: core.JaxprEqn, operands: list[State]) -> list[State]:
     )
     (test,) = _through(params["cond_jaxpr"], [*operands[:of_test], *carry])
     if isinstance(test, (Run, str)):
-        return ["while behind it runs until all images of a batch are done"] * len(carry)
+        reason = "while behind it runs until all images of a batch are done"
+        return [Certain(reason)] * len(carry)
     return carry
 
 

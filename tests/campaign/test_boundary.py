@@ -229,7 +229,7 @@ def test_one_array_in_any_container(container, expected) -> None:
         (lambda y: y.argmax(-1), ValueError, r"int32\[5\]"),
         (lambda y: y.T, ValueError, "allowed is one float array"),
         (lambda y: None, ValueError, "returned nothing"),
-        (lambda y: "logits", TypeError, "returned str"),
+        (lambda y: "logits", TypeError, "returned something of type str: allowed is one"),
         (lambda y: {}, ValueError, "returned nothing"),
     ],
 )

@@ -1,0 +1,124 @@
+"""`apply_fn` as it is now: traced once, its one output array taken out of any container.
+
+JAX keeps what it traced by the function. It does not see that a variable which the function closes
+over was bound to something else since, nor an attribute, nor a jitted function inside. So a network
+is traced under a context of its own, which none of JAX's caches knows, and from then on is what was
+traced: whatever changes later, every program of a campaign computes what its fingerprint says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxfi.faults._transforms import PyTree
+
+Array = jax.Array
+ApplyFn = Callable[[PyTree, Array], Array]
+
+_CONTEXT = jax.make_user_context()  # in the key of all of JAX's caches
+_ALLOWED = "allowed is one float array [batch, classes]"
+
+
+class Frozen:
+    """A function of parameters and images that does what `apply_fn` does when it is first called
+    with arrays of these shapes, and returns the array alone. Of a jitted function, it is what was
+    jitted, so that donated or sharded arguments play no part.
+
+    When first called, it raises TypeError for outputs that are no arrays, and ValueError for a
+    network that is spread over several devices, or closes over a deleted array.
+    """
+
+    def __init__(self, apply_fn: ApplyFn):
+        is_jitted = hasattr(apply_fn, "lower") and hasattr(apply_fn, "__wrapped__")
+        self._function = apply_fn.__wrapped__ if is_jitted else apply_fn
+        self._traced: dict[Any, core.ClosedJaxpr] = {}
+
+    def __call__(self, params: PyTree, images: Any) -> Any:
+        outputs = core.jaxpr_as_fun(self.traced(params, images))(*jax.tree.leaves((params, images)))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def traced(self, params: PyTree, images: Any) -> core.ClosedJaxpr:
+        """What runs for arrays like these, or shapes: a jaxpr of all leaves and the images."""
+        leaves, tree = jax.tree.flatten((params, images))
+        key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in self._traced:
+            self._traced[key] = _trace(self._function, *jax.tree.map(_shape, (params, images)))
+        return self._traced[key]
+
+
+def frozen(apply_fn: ApplyFn) -> Frozen:
+    """`apply_fn` as it is now; as it is, if it is frozen already."""
+    return apply_fn if isinstance(apply_fn, Frozen) else Frozen(apply_fn)
+
+
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    weak = getattr(array, "weak_type", False)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=weak)
+
+
+def _trace(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> core.ClosedJaxpr:
+    others: list[str] = []
+
+    def arrays(*given: Any) -> list:
+        leaves = _leaves(apply_fn(*given))
+        others.extend(type(leaf).__name__ for leaf in leaves if not hasattr(leaf, "shape"))
+        return [leaf for leaf in leaves if hasattr(leaf, "shape")]
+
+    with _CONTEXT(object()):
+        traced = jax.make_jaxpr(arrays)(params, images)
+    if others:
+        raise TypeError(f"apply_fn returned something of type {others[0]}: {_ALLOWED}")
+    for name, num_devices in _spread(traced.jaxpr):
+        raise ValueError(
+            f"apply_fn holds a {name} over {num_devices} devices: allowed are networks that run on "
+            "one, without shardings inside"
+        )
+    if any(isinstance(const, jax.Array) and const.is_deleted() for const in traced.consts):
+        raise ValueError("apply_fn closes over an array that was deleted, as by a donation")
+    return traced
+
+
+def _leaves(outputs: Any) -> list:
+    """What is in a container, registered with JAX or a dataclass."""
+    leaves = jax.tree.leaves(outputs)
+    if len(leaves) == 1 and dataclasses.is_dataclass(leaves[0]):
+        fields = [getattr(leaves[0], field.name) for field in dataclasses.fields(leaves[0])]
+        return jax.tree.leaves(fields)
+    return leaves
+
+
+def _spread(jaxpr: core.Jaxpr) -> Iterator[tuple[str, int]]:
+    """Operations that name several devices, at any depth, and how many."""
+    for equation in jaxpr.eqns:
+        for setting in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(setting, jax.sharding.NamedSharding):
+                setting = setting.mesh
+            if isinstance(setting, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
+                number = setting.size
+            elif isinstance(setting, jax.sharding.Sharding):
+                number = setting.num_devices
+            else:
+                continue
+            if number > 1:
+                yield equation.primitive.name, number
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from _spread(inner)
+
+
+def check_output(jaxpr: core.Jaxpr, batch: int) -> None:
+    """Raises ValueError unless the output is [batch, classes] of a float dtype."""
+    found = [var.aval.str_short() for var in jaxpr.outvars]
+    shape: tuple = jaxpr.outvars[0].aval.shape if len(found) == 1 else ()
+    floating = len(found) == 1 and jax.numpy.issubdtype(
+        jaxpr.outvars[0].aval.dtype, jax.numpy.floating
+    )
+    if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or not floating:
+        raise ValueError(
+            f"apply_fn returned {', '.join(found) or 'nothing'} for a batch of {batch} images: "
+            f"{_ALLOWED}"
+        )
