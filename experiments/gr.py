@@ -63,7 +63,9 @@ def run(config: Config, workdir: Path, *, train_only: bool = False) -> list[tabl
         require_trained(folder, config.epochs)
         trained = train_network(config, alpha, module, variables, dataset, folder)
         if not train_only:
-            inject_faults(config, module, trained, faults, dataset, folders[loss])
+            campaign = inject_faults(config, module, trained, faults, dataset, folders[loss])
+            if config.audit_pairs and jax.process_index() == 0:
+                print(f"Audit, {loss} loss: {campaign.audit(config.audit_pairs, config.seed)}.")
     if train_only or jax.process_index() > 0:
         return []
     campaigns = {loss: load_campaign(folder) for loss, folder in folders.items()}
@@ -150,10 +152,10 @@ def inject_faults(
     faults: FaultList,
     dataset: Dataset,
     folder: Path,
-) -> None:
+) -> Campaign:
     """Every fault on the first `num_images` test images, continued if `folder` has a part of it."""
     images, labels = first_test_images(dataset, config.num_images)
-    run_campaign(
+    return run_campaign(
         evaluation_function(module, variables),
         variables["params"],
         faults,

@@ -54,6 +54,9 @@ class Config:
     t: float = setting(2.58, "Half width of intervals in standard errors; 2.58 is 99 %.")
     p: float = setting(0.5, "Expected rate in the sample size; 0.5 is the safe choice.")
     num_faults: int = setting(0, "Faults to inject; 0 takes the sample size of margin, t and p.")
+    audit_pairs: int = setting(
+        200, "Pairs checked operation by operation after each campaign; 0 checks none.", False
+    )
     num_images: int = setting(0, "Test images of the campaign, the first ones; 0 is all.")
     fault_model: str = setting("bit-flip", "Fault model: bit-flip, stuck-at-0, stuck-at-1, zero.")
     fault_list: str = setting("", "CSV file of the faults to inject, in place of a sample.")

@@ -8,6 +8,7 @@ accuracy against the number of faults.
 from __future__ import annotations
 
 from jaxfi.campaign._adaptive import AdaptiveCampaign, run_sequential, run_stratified
+from jaxfi.campaign._audit import Audit
 from jaxfi.campaign._cumulative import (
     CumulativeResult,
     counts_of_range,
@@ -21,6 +22,7 @@ from jaxfi.campaign._workers import NotReproducible
 
 __all__ = [
     "AdaptiveCampaign",
+    "Audit",
     "Campaign",
     "CumulativeResult",
     "NotReproducible",

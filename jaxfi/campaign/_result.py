@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from jaxfi.campaign._audit import Audit, Subject, audited
 from jaxfi.campaign._look import html_of, lines_of
 from jaxfi.campaign._parts import RateTable, rates_by, whole_rates
 from jaxfi.data._extras import extra
 from jaxfi.faults import FAULT_MODELS, FaultList, PyTree
 from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._layers import LayerOf
+from jaxfi.faults._sites import checked_integer
 from jaxfi.outcomes._outcomes import (
     CRITICAL,
     MASKED,
@@ -54,6 +56,7 @@ class Campaign:
     labels: np.ndarray
     provenance: dict[str, Any]
     pairs_correct: np.ndarray | None = None
+    _subject: Subject | None = dataclasses.field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return "\n".join(lines_of(self))
@@ -183,6 +186,26 @@ class Campaign:
                 "correct": self.correct,
             }
         ).assign(bit=lambda table: table["bit"].mask(faults.bit < 0))
+
+    def audit(self, num_pairs: int = 200, key: int = 0) -> Audit:
+        """Checks random (fault, image) pairs against the network evaluated operation by operation.
+
+        Args:
+          num_pairs: distinct pairs, of all faults and images alike.
+          key: of the draw; the same pairs on every machine.
+
+        Returns the agreement by outcome, with an interval; its `repr` is one line. Raises
+        ValueError for a campaign that was loaded: run it again with its workdir, which runs no
+        fault twice, and audit what that returns.
+        """
+        checked_integer("num_pairs", num_pairs, 1)
+        if self._subject is None:
+            raise ValueError(
+                "a loaded campaign has no network: allowed is one that run_campaign returned, "
+                "with the same workdir, which continues where that is"
+            )
+        nan = self.provenance["nan"]
+        return audited(self._subject, self.faults, self.outcomes, self.due, nan, num_pairs, key)
 
     def _of_images(self, images: Any) -> Results:
         """The results on these images alone."""

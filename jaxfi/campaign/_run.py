@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxfi.campaign._audit import Subject
 from jaxfi.campaign._checks import (
     check_choices,
     check_last_batch,
@@ -139,7 +140,10 @@ def run_campaign(
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()
-    return Campaign(faults, *results[:3], golden, labels, provenance, results.pairs_correct)
+    subject = Subject(network, params, batches, precision)
+    return Campaign(
+        faults, *results[:3], golden, labels, provenance, results.pairs_correct, subject
+    )
 
 
 class _Work(NamedTuple):

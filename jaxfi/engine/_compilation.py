@@ -12,9 +12,9 @@ import jax
 _OPTIONS = {"xla_allow_excess_precision": False}
 # XLA's CPU library fuses whole stages of a network, and one convolution rounds differently in each:
 # allow it single matmuls. It also loses NaN in a ReLU that it fuses with the mean behind it, as at
-# the end of a ResNet (tests/test_cumulative.py). (Single convolutions are exact too, but slower:
-# with the 32 channels of LeNet's second layer, a fifth of the speed forward and a third in the
-# kernel's gradient.)
+# the end of a ResNet (tests/campaign/test_cumulative.py). (Single convolutions are exact, but
+# slower: with the 32 channels of LeNet's second layer, a fifth of the speed forward and a third in
+# the kernel's gradient.)
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 PRECISIONS = ("highest", "high", "default")

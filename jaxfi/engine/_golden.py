@@ -55,8 +55,8 @@ class Setup:
 
 
 def network_function(network: Network, apply_fn: ApplyFn) -> ApplyFn:
-    """`apply_fn` as every engine computes it: wide layers summed in blocks."""
-    if not network.blocks:
+    """`apply_fn` as every engine computes it: wide layers in blocks, scaled scores stored."""
+    if not network.blocks and not network.stored:
         return apply_fn
 
     def in_blocks(params: PyTree, batch: jax.Array) -> jax.Array:

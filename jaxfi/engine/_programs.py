@@ -26,7 +26,7 @@ from jaxfi.network._blocks import (
     replace_channel,
     siblings,
 )
-from jaxfi.network._graph import Network, bind, evaluate, needed_equations, read, variables
+from jaxfi.network._graph import Network, evaluate, needed_equations, read, run, variables
 
 
 class Golden(NamedTuple):
@@ -243,7 +243,7 @@ class Programs:
                 read(env if column else plain, value)
                 for value, column in zip(step.equation.invars, step.columns, strict=True)
             ]
-            results = bind(step.equation, operands, network.blocks)
+            results = run(network, step.equation, operands)
             env.update(zip(step.equation.outvars, results, strict=True))
         changed = [self._changed(env[var], given[var], var, channel) for var in plan.compared]
         return jnp.any(jnp.stack(changed), axis=0), [

@@ -282,6 +282,11 @@ def _generator(key: Any, stratum: int) -> np.random.Philox:
     return np.random.Philox(np.random.SeedSequence(_words(key), spawn_key=(stratum,)))
 
 
+def generator_of(key: Any) -> np.random.Philox:
+    """NumPy's random bits of a key, the same everywhere; for what is no fault list."""
+    return _generator(key, 2**32 - 1)
+
+
 def _draw_distinct(generator: np.random.Philox, count: int, population: int) -> np.ndarray:
     """The first `count` distinct numbers of a uniform stream over range(population), [F] uint64."""
     chosen = np.empty(0, np.uint64)

@@ -26,7 +26,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxfi.faults._transforms import PyTree, leaf_paths
-from jaxfi.network._blocks import Blocks, blocked_dot, find_blocks, layer_dot, sum_length
+from jaxfi.network._blocks import Blocks, blocked_dot, find_blocks, layer_dot, stored, sum_length
 from jaxfi.network._frozen import ApplyFn, Array, Frozen, check_output, frozen
 
 Value = core.Var | core.Literal
@@ -61,6 +61,7 @@ class Network:
       batch_axis: per variable: the images' axis, None for none, `UNKNOWN` or `COUPLED`.
       producers, consumers: the equation that computes a variable; those that read it.
       blocks: the results of layers that are summed in blocks, and how.
+      stored: scaled scores that a softmax reads; every engine stores them (`_scaled_scores`).
     """
 
     equations: tuple[core.JaxprEqn, ...]
@@ -73,6 +74,7 @@ class Network:
     producers: Mapping[core.Var, core.JaxprEqn]
     consumers: Mapping[core.Var, tuple[core.JaxprEqn, ...]]
     blocks: Mapping[core.Var, Blocks]
+    stored: frozenset[core.Var] = frozenset()
 
 
 def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> Network:
@@ -96,7 +98,7 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
         for var in variables(equation.invars):
             consumers.setdefault(var, []).append(equation)
     batch_axis = _batch_axes(now, params, images, jaxpr)
-    return Network(
+    network = Network(
         equations=equations,
         leaves=leaves,
         paths=leaf_paths(params),
@@ -108,6 +110,7 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
         consumers={var: tuple(equations) for var, equations in consumers.items()},
         blocks=find_blocks(equations, batch_axis),
     )
+    return dataclasses.replace(network, stored=_scaled_scores(network))
 
 
 def digest(network: Network) -> str:
@@ -129,6 +132,7 @@ def digest(network: Network) -> str:
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
         hashed.update(np.asarray(jax.random.key_data(value) if is_key else value).tobytes())
     hashed.update(repr((inputs, described(network.output), [*network.blocks.values()])).encode())
+    hashed.update(repr(sorted(described(var) for var in network.stored)).encode())
     return hashed.hexdigest()
 
 
@@ -156,7 +160,7 @@ def evaluate(network: Network, wanted: Iterable[Value], known: Mapping[core.Var,
     wanted = list(wanted)
     for equation in _needed(network.equations, wanted, set(env)):
         operands = [read(env, value) for value in equation.invars]
-        results = bind(equation, operands, network.blocks)
+        results = run(network, equation, operands)
         env.update(zip(equation.outvars, results, strict=True))
     return [read(env, value) for value in wanted]
 
@@ -166,14 +170,18 @@ def read(env: Mapping[core.Var, Array], value: Value) -> Any:
     return value.val if isinstance(value, core.Literal) else env[value]
 
 
-def bind(
-    equation: core.JaxprEqn, operands: list, blocks: Mapping[core.Var, Blocks] | None = None
-) -> list:
-    """Runs one equation on other operands of the same shapes."""
-    if blocks and equation.outvars[0] in blocks:
-        how = blocks[equation.outvars[0]]
+def run(network: Network, equation: core.JaxprEqn, operands: list) -> list:
+    """Runs one equation as every engine does: wide layers in blocks, scaled scores stored."""
+    result = equation.outvars[0]
+    if result in network.blocks:
         x, weights = operands
-        return [blocked_dot(x, weights, how, layer_dot(equation))]
+        return [blocked_dot(x, weights, network.blocks[result], layer_dot(equation))]
+    results = bind(equation, operands)
+    return [stored(results[0])] if result in network.stored else results
+
+
+def bind(equation: core.JaxprEqn, operands: list) -> list:
+    """Runs one equation on other operands of the same shapes."""
     params = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
         results = equation.primitive.bind(*operands, **params)
@@ -196,6 +204,8 @@ def is_boundary(network: Network, var: core.Var) -> bool:
     a product that a sum consumes (they may be contracted), or a reduction consumes it.
     """
     producer = network.producers.get(var)
+    if var in network.stored:
+        return True
     if jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.extended):
         return False  # a random key has no words to store
     if producer is None or producer.primitive.name in _STORED:
@@ -204,6 +214,30 @@ def is_boundary(network: Network, var: core.Var) -> bool:
     if readers & _REDUCTIONS:
         return False
     return not (_through_moves(var, network, forward=False) & _PRODUCTS and readers & _SUMS)
+
+
+def _scaled_scores(network: Network) -> frozenset[core.Var]:
+    """Products that a maximum and a difference read, as softmax(x * c) has them.
+
+    A compiler contracts x * c - max(x * c) to one operation that rounds once: where x * c is huge,
+    the difference is then the rounding error of the maximum, and not 0, and its exponential Inf.
+    Stored, the product is rounded before both read it, as in the arithmetic that the network asks
+    for. A product with a power of two needs no rounding.
+    """
+    found = set()
+    for equation in network.equations:
+        result = equation.outvars[0]
+        if equation.primitive.name not in ("mul", "div") or not result.aval.shape:
+            continue
+        if not jax.numpy.issubdtype(result.aval.dtype, np.floating):
+            continue
+        scales = [v.val for v in equation.invars if isinstance(v, core.Literal)]
+        if any(abs(np.frexp(float(scale))[0]) == 0.5 for scale in scales):
+            continue
+        readers = _through_moves(result, network, forward=True)
+        if "reduce_max" in readers and readers & _SUMS:
+            found.add(result)
+    return frozenset(found)
 
 
 def arithmetic(equations: Iterable[core.JaxprEqn]) -> int:

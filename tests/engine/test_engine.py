@@ -18,6 +18,7 @@ from jaxfi import (
     run_campaign,
 )
 from jaxfi.campaign import _run as campaign
+from jaxfi.network._frozen import frozen
 from jaxfi.network._graph import _flat_jaxpr
 from jaxfi.network._rules import column_rule
 from tests.conformance_models import dense, dense_layer, plain_conv, plain_mlp
@@ -329,7 +330,7 @@ def propagate(operation, operands, axes):
     the rules asked for.
     """
     whole = jax.ShapeDtypeStruct((1,), jnp.float32)
-    jaxpr = _flat_jaxpr(lambda inputs, _: operation(*inputs), operands, whole)[0]
+    jaxpr = _flat_jaxpr(frozen(lambda inputs, _: operation(*inputs)), operands, whole)[0]
     found = dict(zip(jaxpr.invars, (*axes, None), strict=True))
     for equation in jaxpr.eqns:
         known = tuple(None if hasattr(v, "val") else found[v] for v in equation.invars)

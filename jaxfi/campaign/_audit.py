@@ -1,0 +1,113 @@
+"""A campaign checked against the network evaluated operation by operation, without its programs.
+
+All engines go through one compiler, and share what it does to a network: a contraction, a fusion,
+an order of sums. The audit evaluates random (fault, image) pairs one operation at a time, each
+compiled by itself, on the campaign's own batches, and compares the outcomes. What it shares with
+the campaign is the trace, single operations (a loop is one), and wide layers summed in blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfi.engine._compilation import own_settings
+from jaxfi.faults import FaultList, PyTree, inject
+from jaxfi.faults._sampling import generator_of
+from jaxfi.network import Network
+from jaxfi.network._graph import evaluate
+from jaxfi.outcomes import Estimate, estimate_rate
+from jaxfi.outcomes._outcomes import judge
+
+NAMES = ("masked", "non-critical", "critical")
+
+
+class Audit(NamedTuple):
+    """How a campaign's outcomes agree with an evaluation operation by operation.
+
+    Attributes:
+      pairs: [n, 2] fault and image of each pair.
+      outcomes, due: [n] of the campaign.
+      audited, audited_due: [n] of the evaluation.
+      disagreement: share of pairs that differ in outcome or DUE, with its interval (99 %).
+    """
+
+    pairs: np.ndarray
+    outcomes: np.ndarray
+    due: np.ndarray
+    audited: np.ndarray
+    audited_due: np.ndarray
+    disagreement: Estimate
+
+    @property
+    def agrees(self) -> np.ndarray:
+        """[n] bool."""
+        return (self.outcomes == self.audited) & (self.due == self.audited_due)
+
+    def __repr__(self) -> str:
+        agrees = self.agrees
+        by_outcome = [
+            f"{name} {agrees[here].sum()} of {here.sum()}"
+            for name, here in [
+                *((name, self.outcomes == code) for code, name in enumerate(NAMES)),
+                ("DUE", self.due),
+            ]
+        ]
+        share, low, high = (100 * bound for bound in self.disagreement)
+        return (
+            f"{agrees.sum()} of {len(agrees)} pairs agree with the evaluation operation by "
+            f"operation ({', '.join(by_outcome)}); disagreement {share:.2f} "
+            f"[{low:.2f}, {high:.2f}] %"
+        )
+
+
+class Subject(NamedTuple):
+    """What a campaign ran: the traced network, its parameters, batches, and the precision."""
+
+    network: Network
+    params: PyTree
+    batches: np.ndarray
+    precision: str
+
+
+def audited(
+    subject: Subject,
+    faults: FaultList,
+    outcomes: np.ndarray,
+    due: np.ndarray,
+    nan: str,
+    num_pairs: int,
+    key: int,
+) -> Audit:
+    """Evaluates `num_pairs` random pairs, distinct, drawn by `key`; outcomes, due: [F, N]."""
+    num_pairs = min(num_pairs, outcomes.size)
+    generator = np.random.Generator(generator_of(key))
+    pairs = np.stack(np.divmod(
+        generator.choice(outcomes.size, num_pairs, replace=False), outcomes.shape[1]
+    ), axis=1)  # fmt: skip
+    batch_size = subject.batches.shape[1]
+    number = pairs[:, 1] // batch_size
+    found, found_due = np.zeros(num_pairs, np.uint8), np.zeros(num_pairs, bool)
+    with own_settings(), jax.default_matmul_precision(subject.precision):
+        for batch in np.unique(number):
+            golden = _outputs(subject, subject.params, batch)
+            for row in np.unique(pairs[number == batch, 0]):
+                faulty = _outputs(subject, inject(subject.params, faults.fault(row)), batch)
+                verdict = judge(golden, faulty, jnp.zeros(batch_size, jnp.int32), nan)
+                here = (number == batch) & (pairs[:, 0] == row)
+                place = pairs[here, 1] - batch * batch_size
+                found[here] = np.asarray(verdict.outcome)[place]
+                found_due[here] = np.asarray(verdict.due)[place]
+    there = outcomes[pairs[:, 0], pairs[:, 1]], due[pairs[:, 0], pairs[:, 1]]
+    differs = ((found != there[0]) | (found_due != there[1])).astype(float)
+    return Audit(pairs, *there, found, found_due, estimate_rate(differs, 1, outcomes.size))
+
+
+def _outputs(subject: Subject, params: PyTree, number: int) -> jax.Array:
+    network = subject.network
+    leaves = dict(zip(network.leaves, jax.tree.leaves(params), strict=True))
+    image = {network.image: jnp.asarray(subject.batches[number])}
+    return evaluate(network, [network.output], {**leaves, **image})[0]
