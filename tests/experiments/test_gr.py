@@ -23,6 +23,7 @@ SMALL = Config(
     num_train_images=64,
     batch_size=32,
     num_faults=60,
+    audit_pairs=5,
     num_images=20,
     campaign_batch_size=20,
     alpha=0.01,
