@@ -9,6 +9,7 @@ from jax.extend import core
 
 from jaxfi.engine._plan import LeafPlan
 from jaxfi.network._graph import Network, Value, arithmetic, needed_equations
+from jaxfi.network._rules import dtype_of, shape_of
 
 
 def suffix_arithmetic(network: Network, plan: LeafPlan) -> int:
@@ -83,4 +84,4 @@ def _two_largest(network: Network, equations: Iterable[core.JaxprEqn]) -> int:
 
 def leaf_bytes(network: Network, var: Value) -> int:
     """Size of one value, bytes."""
-    return var.aval.dtype.itemsize * math.prod(var.aval.shape)
+    return dtype_of(var).itemsize * math.prod(shape_of(var))

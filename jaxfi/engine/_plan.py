@@ -32,7 +32,7 @@ from jaxfi.network._graph import (
     variables,
 )
 from jaxfi.network._rows import Run, State, mixes_rows, never, uniform_constant
-from jaxfi.network._rules import column_rule, operand_axes
+from jaxfi.network._rules import column_rule, operand_axes, shape_of
 
 
 class Gate(NamedTuple):
@@ -202,7 +202,7 @@ def plan_leaf(network: Network, leaf: int) -> LeafPlan:
     if network.output not in reached_from(network, source):
         return LeafPlan(leaf, "unreached", "the output does not depend on it")
     reasons = []
-    for axis in reversed(range(len(source.aval.shape))):
+    for axis in reversed(range(len(shape_of(source)))):
         try:
             return _plan_columns(network, leaf, axis)
         except _NoColumns as reason:
@@ -249,7 +249,7 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
         leaf=leaf,
         method="columns",
         axis=axis,
-        num_columns=source.aval.shape[axis],
+        num_columns=shape_of(source)[axis],
         steps=tuple(columns.steps),
         axes={**columns.reached, **columns.pulled},
         taken=tuple(columns.taken),
@@ -278,7 +278,7 @@ def _find_own(
     if not steps or len(readers) != 1 or result not in network.blocks:
         return None
     is_own = steps[0].equation is readers[0] and steps[0].columns == (False, True)
-    return result if is_own and axis == 1 and len(source.aval.shape) == 2 else None
+    return result if is_own and axis == 1 and len(shape_of(source)) == 2 else None
 
 
 def _find_ahead(
@@ -311,7 +311,7 @@ def _find_ahead(
 def _matches(blocks: Blocks, value: core.Var, inputs: core.Var, axis: int) -> bool:
     """Whether the blocks hold whole channels of a value [B, ...] with its channels at `axis`, that
     the layer reads as `inputs`: as it is or flattened."""
-    channels, shape = blocks.num_blocks * blocks.size, value.aval.shape
+    channels, shape = blocks.num_blocks * blocks.size, shape_of(value)
     if inputs is value:
         return (axis, blocks.outer, blocks.inner) == (blocks.input_axis, 1, 1)
     seen = (math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :]))
@@ -478,7 +478,7 @@ def mixes_images(
       suffix_inputs: what the rows are of; of the image itself, whole batches.
       compared: values whose rows must be the images' too, besides the output's.
     """
-    batch = network.image.aval.shape[0]
+    batch = shape_of(network.image)[0]
     if batch == 1:
         return ""
     equations = needed_equations(network, [network.output], {*network.leaves, *suffix_inputs})

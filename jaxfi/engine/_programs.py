@@ -158,10 +158,10 @@ class Programs:
     def empty_rows(self, device: Any) -> list[jax.Array]:
         """A batch of rows of zeros for the suffix, on the device that packs them: rows that are
         bound to none would compile `pack` a second time."""
-        avals = [var.aval for var in self.plan.whole]
+        avals: list[Any] = [var.aval for var in self.plan.whole]
         if self.plan.ahead is not None:
             result, blocks = self.plan.ahead.aval, self.ahead
-            inputs = self.network.producers[self.plan.ahead].invars[0].aval
+            inputs: Any = self.network.producers[self.plan.ahead].invars[0].aval
             shape = list(inputs.shape)
             shape[blocks.input_axis] = blocks.length
             height = blocks.num_blocks.bit_length() - 1

@@ -20,6 +20,7 @@ from jax.extend import core
 
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn, bind, read, trace_network
+from jaxfi.network._rules import dtype_of
 from jaxfi.network._sources import (
     IMAGES,
     NOTHING,
@@ -235,7 +236,7 @@ def _rounding(
     patterns: Mapping[str, str],
 ) -> Rounding | None:
     """What to do to both operands of an equation; None leaves them."""
-    dtypes = [value.aval.dtype for value in equation.invars[:2]]  # type: ignore[attr-defined]
+    dtypes = [dtype_of(value) for value in equation.invars[:2]]
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         return None
     leaves = NOTHING.union(*(source for source in sources[:2] if IMAGES not in source))

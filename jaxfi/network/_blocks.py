@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxfi.network._rules import column_rule
+from jaxfi.network._rules import column_rule, dtype_of, shape_of
 
 # Inputs from which on a layer is summed in blocks, and of one block: what pays on a CPU. A block of
 # a convolution is a call of its own, which takes 30 ms to compile: hence at most four.
@@ -243,7 +243,7 @@ def _is_wide(equation: core.JaxprEqn, batch_axis: Mapping[core.Var, int | None])
     x, weights = equation.invars
     if isinstance(x, core.Literal) or isinstance(weights, core.Literal):
         return False
-    dtypes = {v.aval.dtype for v in (x, weights, equation.outvars[0])}
+    dtypes = {dtype_of(v) for v in (x, weights, equation.outvars[0])}
     exact = len(dtypes) == 1 and dtypes.pop() in (np.float32, np.float64)
     on_images = [batch_axis.get(v) for v in (x, weights, equation.outvars[0])] == [0, None, 0]
     return exact and on_images and sum_length(equation) >= _LEAST_INPUTS[equation.primitive.name]
@@ -253,8 +253,8 @@ def sum_length(equation: core.JaxprEqn) -> int:
     """How many products a matmul or convolution adds up for one value of its result."""
     if equation.primitive.name == "dot_general":
         (contracting, _), _ = equation.params["dimension_numbers"]
-        return math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
-    kernel, spec = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
+        return math.prod(shape_of(equation.invars[0])[axis] for axis in contracting)
+    kernel, spec = shape_of(equation.invars[1]), equation.params["dimension_numbers"].rhs_spec
     return math.prod(kernel) // kernel[spec[0]]
 
 
@@ -266,12 +266,12 @@ def _dense_blocks(
 ) -> Blocks | None:
     x, weights = equation.invars
     plain = equation.params["dimension_numbers"] == _PLAIN
-    if not plain or (len(x.aval.shape), len(weights.aval.shape)) != (2, 2):
+    if not plain or (len(shape_of(x)), len(shape_of(weights))) != (2, 2):
         return None
     source: Any = flattened.get(x, x) if isinstance(x, core.Var) else x
-    axis, shape = channel_axis.get(source, 0), source.aval.shape
+    axis, shape = channel_axis.get(source, 0), shape_of(source)
     if source is x or axis < 1 or batch_axis.get(source) != 0:
-        return _split(equation, 1, x.aval.shape[1], 1)
+        return _split(equation, 1, shape_of(x)[1], 1)
     return _split(equation, math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 
 
@@ -280,7 +280,7 @@ def _convolution_blocks(equation: core.JaxprEqn) -> Blocks | None:
     groups = (equation.params["feature_group_count"], equation.params["batch_group_count"])
     if groups != (1, 1) or (spec.lhs_spec[0], spec.out_spec[0]) != (0, 0):
         return None
-    channels = equation.invars[0].aval.shape[spec.lhs_spec[1]]
+    channels = shape_of(equation.invars[0])[spec.lhs_spec[1]]
     axes = {"input_axis": spec.lhs_spec[1], "weight_axis": spec.rhs_spec[1]}
     blocks = _split(equation, 1, channels, 1)
     return None if blocks is None else blocks._replace(**axes)

@@ -16,6 +16,7 @@ import jax
 from jax.extend import core
 
 from jaxfi.faults._transforms import PyTree
+from jaxfi.network._rules import dtype_of, shape_of
 
 Array = jax.Array
 ApplyFn = Callable[[PyTree, Array], Array]
@@ -35,7 +36,8 @@ class Frozen:
 
     def __init__(self, apply_fn: ApplyFn):
         is_jitted = hasattr(apply_fn, "lower") and hasattr(apply_fn, "__wrapped__")
-        self._function = apply_fn.__wrapped__ if is_jitted else apply_fn
+        function = apply_fn.__wrapped__ if is_jitted else apply_fn  # type: ignore[attr-defined]
+        self._function = function
         self._traced: dict[Any, core.ClosedJaxpr] = {}
 
     def __call__(self, params: PyTree, images: Any) -> Any:
@@ -113,9 +115,9 @@ def _spread(jaxpr: core.Jaxpr) -> Iterator[tuple[str, int]]:
 def check_output(jaxpr: core.Jaxpr, batch: int) -> None:
     """Raises ValueError unless the output is [batch, classes] of a float dtype."""
     found = [var.aval.str_short() for var in jaxpr.outvars]
-    shape: tuple = jaxpr.outvars[0].aval.shape if len(found) == 1 else ()
+    shape: tuple = shape_of(jaxpr.outvars[0]) if len(found) == 1 else ()
     floating = len(found) == 1 and jax.numpy.issubdtype(
-        jaxpr.outvars[0].aval.dtype, jax.numpy.floating
+        dtype_of(jaxpr.outvars[0]), jax.numpy.floating
     )
     if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or not floating:
         raise ValueError(

@@ -28,6 +28,7 @@ from jax.extend import core
 from jaxfi.faults._transforms import PyTree, leaf_paths
 from jaxfi.network._blocks import Blocks, blocked_dot, find_blocks, layer_dot, stored, sum_length
 from jaxfi.network._frozen import ApplyFn, Array, Frozen, check_output, frozen
+from jaxfi.network._rules import dtype_of, shape_of
 
 Value = core.Var | core.Literal
 UNKNOWN = -1  # depends on the images, but no axis is known to be theirs
@@ -206,7 +207,7 @@ def is_boundary(network: Network, var: core.Var) -> bool:
     producer = network.producers.get(var)
     if var in network.stored:
         return True
-    if jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.extended):
+    if jax.dtypes.issubdtype(dtype_of(var), jax.dtypes.extended):
         return False  # a random key has no words to store
     if producer is None or producer.primitive.name in _STORED:
         return True
@@ -227,9 +228,9 @@ def _scaled_scores(network: Network) -> frozenset[core.Var]:
     found = set()
     for equation in network.equations:
         result = equation.outvars[0]
-        if equation.primitive.name not in ("mul", "div") or not result.aval.shape:
+        if equation.primitive.name not in ("mul", "div") or not shape_of(result):
             continue
-        if not jax.numpy.issubdtype(result.aval.dtype, np.floating):
+        if not jax.numpy.issubdtype(dtype_of(result), np.floating):
             continue
         scales = [v.val for v in equation.invars if isinstance(v, core.Literal)]
         if any(abs(np.frexp(float(scale))[0]) == 0.5 for scale in scales):
@@ -254,7 +255,7 @@ def needed_equations(
 
 def _operations(equation: core.JaxprEqn) -> int:
     if equation.primitive.name in _STORED:
-        return 2 * sum_length(equation) * int(np.prod(equation.outvars[0].aval.shape))
+        return 2 * sum_length(equation) * int(np.prod(shape_of(equation.outvars[0])))
     return sum(
         _operations(inner) * int(equation.params.get("length", 1))
         for jaxpr in core.jaxprs_in_params(equation.params)
@@ -315,7 +316,7 @@ def _run_inlined(jaxpr: core.Jaxpr, consts: Iterable, inputs: Iterable) -> list:
 
 def num_classes(network: Network) -> int:
     """Columns of the output; ValueError for one, of which argmax knows one class."""
-    output = network.output.aval
+    output: Any = network.output.aval
     if output.shape[1] == 1:
         raise ValueError(
             f"apply_fn returned {output.str_short()}, one column, whose argmax is always class 0: "
@@ -360,8 +361,8 @@ def _batch_axes(
         for number, var in enumerate(equation.outvars):
             found = UNKNOWN
             if same:
-                shape = other[position].outvars[number].aval.shape
-                found = _changed_axis(var.aval.shape, shape, batch)
+                shape = shape_of(other[position].outvars[number])
+                found = _changed_axis(shape_of(var), shape, batch)
             axes[var] = found if depends else None
     return axes
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.extend import core
 
-from jaxfi.network._rules import column_rule
+from jaxfi.network._rules import column_rule, shape_of
 from jaxfi.network._sources import call_parameter, scan_counts
 
 Value = core.Var | core.Literal
@@ -158,7 +158,7 @@ def _moved(
     """Where the rows of the result are, and along which runs the other operands must be uniform."""
     known = [run for run in runs if run is not None]
     if equation.primitive.name == "reshape":
-        before, after = (v.aval.shape for v in (equation.invars[0], equation.outvars[0]))
+        before, after = (shape_of(v) for v in (equation.invars[0], equation.outvars[0]))
         run = _reshaped(known[0], before, after)
         return None if run is None else (run, [None] * len(runs))
     if equation.primitive.name == "tile":
@@ -172,7 +172,7 @@ def _moved(
     axis, takes = found
     rest = known[0]
     size = rest.outer * rest.length * rest.inner
-    if any(var.aval.shape[axis] != size for var in equation.outvars):
+    if any(shape_of(var)[axis] != size for var in equation.outvars):
         return None
     return rest._replace(axis=axis), [
         None if take is None else rest._replace(axis=take) for take in takes
@@ -193,7 +193,7 @@ def _is_uniform(equation: core.JaxprEqn, operands: list[State], number: int, run
     """Whether a result that does not depend on the rows is uniform along a run: it is, if it is the
     operands re-indexed, and they are uniform."""
     name, params = equation.primitive.name, equation.params
-    shape = equation.outvars[number].aval.shape
+    shape = shape_of(equation.outvars[number])
     if not _fits(run, shape):
         return False
     if run.length == 1:
@@ -202,23 +202,23 @@ def _is_uniform(equation: core.JaxprEqn, operands: list[State], number: int, run
         return params["dimension"] != run.axis
     if name == "broadcast_in_dim":
         source = params["broadcast_dimensions"]
-        inputs = equation.invars[0].aval.shape
+        inputs = shape_of(equation.invars[0])
         if run.axis not in source or inputs[source.index(run.axis)] != shape[run.axis]:
             return True
         return _holds(operands[0], run._replace(axis=source.index(run.axis)))
     if name == "tile":
-        length = equation.invars[0].aval.shape[run.axis]
+        length = shape_of(equation.invars[0])[run.axis]
         if run.inner % length == 0:
             return True
         outer, rest = divmod(length, run.length * run.inner)
         return rest == 0 and _holds(operands[0], run._replace(outer=outer))
     if name == "reshape":
-        back = _reshaped(run, shape, equation.invars[0].aval.shape)
+        back = _reshaped(run, shape, shape_of(equation.invars[0]))
         return back is not None and _holds(operands[0], back)
     return any(
         _maps_to(equation, operands, first, axis, run)
         for first, value in enumerate(equation.invars)
-        for axis, size in enumerate(value.aval.shape)
+        for axis, size in enumerate(shape_of(value))
         if size == shape[run.axis]
     )
 

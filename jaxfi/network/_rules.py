@@ -37,6 +37,18 @@ _SCAN = "cumsum cumprod cummax cummin cumlogsumexp rev".split()
 _RULES: dict[str, Rule] = {}
 
 
+def shape_of(value: core.Var | core.Literal) -> tuple[int, ...]:
+    """Of a jaxpr's value: JAX's type of it, AbstractValue, names neither shape nor dtype."""
+    aval: Any = value.aval
+    return aval.shape
+
+
+def dtype_of(value: core.Var | core.Literal) -> Any:
+    """NumPy's, or an extended one, such as of random keys."""
+    aval: Any = value.aval
+    return aval.dtype
+
+
 def column_rule(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     """The answer of the primitive's rule, None where it has none or mixes channels."""
     rule = _RULES.get(equation.primitive.name)
@@ -56,8 +68,8 @@ def operand_axes(equation: core.JaxprEqn, axis: int) -> Axes | None:
         if axis not in dimensions:
             return (None,)
         source = dimensions.index(axis)
-        size = equation.invars[0].aval.shape[source]
-        return (source if size == equation.outvars[0].aval.shape[axis] else None,)
+        size = shape_of(equation.invars[0])[source]
+        return (source if size == shape_of(equation.outvars[0])[axis] else None,)
     return None
 
 
@@ -70,13 +82,13 @@ def _rule(names: str | list[str]) -> Callable[[Rule], Rule]:
 
 
 def _ndim(value: core.Var | core.Literal) -> int:
-    return len(value.aval.shape)
+    return len(shape_of(value))
 
 
 def _varies(value: core.Var | core.Literal, equation: core.JaxprEqn, axis: int) -> bool:
     """Whether an elementwise operand has the result's axis, rather than one value for all of it."""
-    shape = value.aval.shape
-    return bool(shape) and shape[axis] == equation.outvars[0].aval.shape[axis]
+    shape = shape_of(value)
+    return bool(shape) and shape[axis] == shape_of(equation.outvars[0])[axis]
 
 
 def _common_axis(axes: Axes) -> int | None:
@@ -113,7 +125,7 @@ def _concatenate(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None
 @_rule("broadcast_in_dim")
 def _broadcast_in_dim(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     out = equation.params["broadcast_dimensions"][axes[0]]
-    if equation.invars[0].aval.shape[axes[0]] != equation.outvars[0].aval.shape[out]:
+    if shape_of(equation.invars[0])[axes[0]] != shape_of(equation.outvars[0])[out]:
         return None
     return out, (None,) * len(axes)
 
@@ -121,7 +133,7 @@ def _broadcast_in_dim(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] |
 @_rule("reshape")
 def _reshape(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     # The axis survives if the same number of elements lies before it and within it.
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     size, outer = before[axes[0]], np.prod(before[: axes[0]])
     for axis, length in enumerate(after):
         if length == size and np.prod(after[:axis]) == outer:
@@ -184,7 +196,7 @@ def _dynamic_slice(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | No
     axis = axes[0]
     if axis is None or any(a is not None for a in axes[1:]):
         return None
-    whole = equation.invars[0].aval.shape[axis] == equation.outvars[0].aval.shape[axis]
+    whole = shape_of(equation.invars[0])[axis] == shape_of(equation.outvars[0])[axis]
     return (axis, (None,) * len(axes)) if whole else None
 
 
@@ -193,7 +205,7 @@ def _dynamic_update_slice(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axe
     axis = _common_axis(axes[:2])
     if axis is None or any(a is not None for a in axes[2:]):
         return None
-    sizes = {value.aval.shape[axis] for value in equation.invars[:2]}
+    sizes = {shape_of(value)[axis] for value in equation.invars[:2]}
     takes = tuple(axis if a is None else None for a in axes[:2])
     return (axis, takes + (None,) * len(axes[2:])) if len(sizes) == 1 else None
 
@@ -218,7 +230,7 @@ def _scatter(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     if operand in numbers.scatter_dims_to_operand_dims or updates not in (None, windows[operand]):
         return None
     window = windows[operand]
-    if equation.invars[2].aval.shape[window] != equation.invars[0].aval.shape[operand]:
+    if shape_of(equation.invars[2])[window] != shape_of(equation.invars[0])[operand]:
         return None
     takes = (operand if axes[0] is None else None, None, window if updates is None else None)
     return operand, takes
@@ -240,7 +252,7 @@ def _gather(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     if operand is None:  # a row of results for each index
         return None if indices == _ndim(equation.invars[1]) - 1 else (ahead[indices], (None, None))
     dropped = (*numbers.collapsed_slice_dims, *of_batch[0])
-    whole = sizes[operand] == equation.invars[0].aval.shape[operand]
+    whole = sizes[operand] == shape_of(equation.invars[0])[operand]
     if indices is not None or operand in (*dropped, *numbers.start_index_map) or not whole:
         return None
     left = [a for a in range(len(sizes)) if a not in dropped]
@@ -266,7 +278,7 @@ def _pad(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
 @_rule("slice split")
 def _slice(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     axis = axes[0]
-    sizes = {var.aval.shape[axis] for var in (*equation.invars, *equation.outvars)}
+    sizes = {shape_of(var)[axis] for var in (*equation.invars, *equation.outvars)}
     return (axis, (None,)) if len(sizes) == 1 else None
 
 
@@ -277,7 +289,7 @@ def _convolution(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None
     out_axis, kernel_axis, image_axis = spec.out_spec[1], spec.rhs_spec[0], spec.lhs_spec[1]
     if params["batch_group_count"] != 1 or axes[1] not in (None, kernel_axis):
         return None
-    image, kernel = (value.aval.shape for value in equation.invars)
+    image, kernel = (shape_of(value) for value in equation.invars)
     if axes == (spec.lhs_spec[0], None):
         return spec.out_spec[0], (None, None)  # the images of a batch
     if groups == 1 and axes[0] is None:
