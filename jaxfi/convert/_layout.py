@@ -53,7 +53,7 @@ def _split(path: str) -> tuple[str, str, str]:
     """(collection, layer, name) of a leaf's path; bare parameters have no collection."""
     first, _, rest = path.partition("/")
     collection, inner = (first, rest) if first in _TORCH_NAMES else ("params", path)
-    layer, _, name = inner.rpartition("/")
+    layer, _, name = (inner.removesuffix("/value") or inner).rpartition("/")  # NNX's end in value
     return collection, layer, name
 
 
@@ -114,7 +114,8 @@ def layout_of(
 
 
 def _kernels(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {_split(path)[1]: shape for path, shape in shapes.items() if path.endswith("kernel")}
+    named = ((_split(path), shape) for path, shape in shapes.items())
+    return {layer: shape for (_, layer, name), shape in named if name == "kernel"}
 
 
 def _is_own(shapes: Mapping[str, tuple[int, ...]]) -> bool:

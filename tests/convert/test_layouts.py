@@ -82,6 +82,13 @@ def test_outputs_are_pytorchs(name: str) -> None:
         np.testing.assert_array_equal(back[key], array)
 
 
+def test_nnx_paths() -> None:
+    like = {"fc": {"kernel": {"value": np.zeros((3, 2), np.float32)}}}
+    weights = RANDOM.normal(size=(2, 3)).astype(np.float32)
+    tree = from_torch({"fc.weight": weights}, like)
+    np.testing.assert_array_equal(tree["fc"]["kernel"]["value"], weights.T)
+
+
 def test_embedding() -> None:
     there, like = torch.nn.Embedding(4, 4), {"embed": {"embedding": np.zeros((4, 4), np.float32)}}
     tree = from_torch({"embed.weight": there.weight.detach().numpy()}, like)
