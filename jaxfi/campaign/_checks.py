@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.engine._compilation import checked_precision, compiled
@@ -21,6 +22,7 @@ from jaxfi.faults._sites import checked_integer
 from jaxfi.network import ApplyFn, Network, trace_network
 from jaxfi.network._frozen import frozen
 from jaxfi.network._graph import COUPLED, num_classes, used_leaves
+from jaxfi.network._images import array_of, held
 from jaxfi.network._loops import MOST_TURNS, most_turns
 from jaxfi.network._rows import Certain
 from jaxfi.outcomes._outcomes import checked_nan_policy
@@ -67,12 +69,12 @@ def checked_inputs(
     """Raises ValueError or TypeError for a function, parameters, images or labels that do not fit,
     naming what was given and what is allowed."""
     images = _checked_images(images)
-    labels = np.asarray(_held("labels", labels))
+    labels = array_of("labels", labels)
     if labels.shape != images.shape[:1]:
         raise ValueError(
             f"labels have shape {labels.shape}: allowed is {images.shape[:1]}, one class an image"
         )
-    if not np.issubdtype(labels.dtype, np.integer):
+    if not jnp.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"labels have dtype {labels.dtype}: allowed are integers")
     batches = in_batches(images, batch_size)
     params, apply_fn = _on_device(params, device), frozen(apply_fn)
@@ -84,20 +86,14 @@ def checked_inputs(
 
 def _checked_images(images: Any) -> np.ndarray:
     """[N, ...] images as JAX would hold them."""
-    images = np.asarray(_held("images", images))
-    if images.ndim < 1 or not len(images):
-        raise ValueError(f"images have shape {images.shape}: allowed is [N, ...] with N >= 1")
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(images.dtype)
-    except TypeError:
-        raise TypeError(f"images have dtype {images.dtype}: allowed are numbers") from None
-    held = images.astype(dtype)
-    if images.dtype.kind in "iu" and (held != images).any():
+    images = array_of("images", images)
+    held_so = images.astype(jax.dtypes.canonicalize_dtype(images.dtype))
+    if images.dtype.kind in "iu" and (held_so != images).any():
         raise ValueError(
-            f"images hold {images[held != images][0]}, which JAX cuts to 32 bits: set "
+            f"images hold {images[held_so != images][0]}, which JAX cuts to 32 bits: set "
             "jax_enable_x64, or cast them"
         )
-    return held
+    return held_so
 
 
 def _classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -117,19 +113,13 @@ def _on_device(params: PyTree, device: jax.Device) -> PyTree:
         name = f"leaf {jax.tree_util.keystr(path, simple=True, separator='/')}"
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{name} is a shape without values: allowed are arrays")
-        return jax.device_put(_held(name, leaf), device)
+        leaf = held(name, leaf)
+        here = jax.sharding.SingleDeviceSharding(device)
+        if isinstance(leaf, jax.Array) and leaf.sharding != here:
+            leaf = np.asarray(leaf)  # no sharding and no kind of memory comes along
+        return jax.device_put(leaf, device)
 
     return jax.tree_util.tree_map_with_path(moved, params)
-
-
-def _held(name: str, array: Any) -> Any:
-    """The array, if this process has all of it; else ValueError naming it."""
-    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
-        if array.is_deleted():
-            raise ValueError(f"{name} was deleted, as by a step that its buffer was donated to")
-        if not array.is_fully_addressable:
-            raise ValueError(f"{name} is spread over several processes: allowed are local arrays")
-    return array
 
 
 def check_last_batch(
@@ -199,7 +189,7 @@ def in_batches(images: np.ndarray, batch_size: int) -> np.ndarray:
     batch_size = min(checked_integer("batch_size", batch_size, 1), len(images))
     padding = -len(images) % batch_size
     padded = np.concatenate([images, np.repeat(images[:1], padding, axis=0)])
-    return padded.reshape(-1, batch_size, *images.shape[1:])
+    return padded.reshape(len(padded) // batch_size, batch_size, *images.shape[1:])
 
 
 def checked_devices(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 # A 16-bit network must round after every operation, wherever the compiler could keep 32 bits.
 _OPTIONS = {"xla_allow_excess_precision": False}
@@ -33,17 +34,25 @@ def compiled(function: Callable, **options: Any) -> Callable:
     return jax.jit(function, compiler_options=arithmetic, **options)
 
 
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+
+
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Within it, the session's settings that stop a faulty run do not: faults make NaN and Inf,
-    results are fetched, and what is added or compared has the dtypes and ranks that it should."""
+    """Within it, the session's settings that stop a faulty run or slow it down do not: faults make
+    NaN and Inf, results are fetched, programs are kept, keys are constants of a network that runs
+    again and again, and what is added or compared has the dtypes and ranks that it should. There is
+    no mesh: each device runs by itself."""
     with (
         jax.debug_nans(False),
         jax.debug_infs(False),
+        jax.debug_key_reuse(False),
+        jax.check_tracer_leaks(False),
         jax.disable_jit(False),
         jax.transfer_guard("allow"),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
+        jax.set_mesh(_NO_MESH),
     ):
         yield
 

@@ -20,8 +20,9 @@ from jaxfi.engine._costs import (
 from jaxfi.engine._plan import LeafPlan, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sites import checked_integer
-from jaxfi.faults._transforms import PyTree
+from jaxfi.faults._transforms import PyTree, describe_leaves
 from jaxfi.network._graph import ApplyFn, Network, num_classes, trace_network, used_leaves
+from jaxfi.network._images import images_shape
 
 
 class LeafCost(NamedTuple):
@@ -98,8 +99,10 @@ def explain(
     """
     if isinstance(images, FaultList):
         images, faults = faults, images
+    images = images_shape(images)
     batch_size = min(checked_integer("batch_size", batch_size, 1), images.shape[0])
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
+    describe_leaves(params)
     if faults is not None:
         faults.validate(params)
     with own_settings(), jax.default_matmul_precision(checked_precision(precision)):

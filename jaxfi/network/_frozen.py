@@ -30,11 +30,19 @@ class Frozen:
     with arrays of these shapes, and returns the array alone. Of a jitted function, it is what was
     jitted, so that donated or sharded arguments play no part.
 
-    When first called, it raises TypeError for outputs that are no arrays, and ValueError for a
-    network that is spread over several devices, or closes over a deleted array.
+    Raises TypeError for what cannot be traced. When first called, it raises TypeError for outputs
+    that are no arrays, and ValueError for a network that is spread over several devices, or closes
+    over a deleted array.
     """
 
+    __name__ = "apply_fn"  # of programs
+
     def __init__(self, apply_fn: ApplyFn):
+        if isinstance(apply_fn, jax.stages.Compiled) or not callable(apply_fn):
+            raise TypeError(
+                f"apply_fn is a {type(apply_fn).__name__}: allowed is a function of params and "
+                "images, as written or from jax.jit"
+            )
         is_jitted = hasattr(apply_fn, "lower") and hasattr(apply_fn, "__wrapped__")
         function = apply_fn.__wrapped__ if is_jitted else apply_fn  # type: ignore[attr-defined]
         self._function = function
@@ -46,10 +54,11 @@ class Frozen:
 
     def traced(self, params: PyTree, images: Any) -> core.ClosedJaxpr:
         """What runs for arrays like these, or shapes: a jaxpr of all leaves and the images."""
-        leaves, tree = jax.tree.flatten((params, images))
+        shapes = jax.tree.map(_shape, (params, images))
+        leaves, tree = jax.tree.flatten(shapes)
         key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self._traced:
-            self._traced[key] = _trace(self._function, *jax.tree.map(_shape, (params, images)))
+            self._traced[key] = _trace(self._function, *shapes)
         return self._traced[key]
 
 
@@ -59,6 +68,8 @@ def frozen(apply_fn: ApplyFn) -> Frozen:
 
 
 def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(array, "shape"):
+        array = jax.typeof(array)  # of a Python number
     weak = getattr(array, "weak_type", False)
     return jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=weak)
 

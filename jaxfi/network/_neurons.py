@@ -48,6 +48,7 @@ from jaxfi.faults._transforms import (
     word_dtype,
 )
 from jaxfi.network._graph import ApplyFn, Network, bind, read, trace_network
+from jaxfi.network._images import images_shape
 from jaxfi.network._sources import IMAGES, inner_sources, leaf_sources, sources_of
 
 Neurons = dict[str, jax.ShapeDtypeStruct]
@@ -89,7 +90,7 @@ def neuron_outputs(
     Raises ValueError if no layer matches, or if one that does is called in a loop or branch, has
     calls of several shapes (and not `by_call`), or has no leading axis of images.
     """
-    network = trace_network(apply_fn, params, jax.ShapeDtypeStruct(images.shape, images.dtype))
+    network = trace_network(apply_fn, params, images_shape(images))
     outputs = layer_outputs(network)
     chosen = sorted(name for name in outputs if fnmatch.fnmatchcase(name, layers))
     if not chosen:
