@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,14 @@ def save_checkpoint(folder: str | Path, tree: Any, info: dict[str, Any]) -> None
     number = int(older[-1].name) + 1 if older else 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _settled_loops():
-            _orbax().save(
-                folder / f"{number:06d}",
-                tree,
-                custom_metadata={"format": FORMAT, "digest": _digest(tree, info), "info": info},
-            )
+        metadata = {"format": FORMAT, "digest": _digest(tree, info), "info": info}
+        version = folder / f"{number:06d}"
+        _settled(lambda: _orbax().save(version, tree, custom_metadata=metadata))
     except OSError as error:
         message = f"cannot write the checkpoint {folder} ({error}): make room or make it writable"
         raise OSError(error.errno, message) from error
-    for version in older:
-        shutil.rmtree(version, ignore_errors=True)
+    for path in older:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(folder: str | Path) -> tuple[Any, dict[str, Any]]:
@@ -130,8 +127,7 @@ def _metadata(path: Path) -> tuple[Any, str]:
 def _restored(path: Path) -> Any:
     from orbax.checkpoint import PyTreeCheckpointHandler
 
-    with _settled_loops():
-        return PyTreeCheckpointHandler().restore(path)
+    return _settled(lambda: PyTreeCheckpointHandler().restore(path))
 
 
 class _SettledLoop(asyncio.SelectorEventLoop):
@@ -144,13 +140,14 @@ class _SettledLoop(asyncio.SelectorEventLoop):
         super().close()
 
 
-@contextlib.contextmanager
-def _settled_loops() -> Iterator[None]:
-    """Within it, orbax's loops are `_SettledLoop`s."""
+def _settled(function: Callable[[], Any]) -> Any:
+    """`function()`, with loops that are `_SettledLoop`s. In a thread of its own: beside a loop that
+    runs, as in a notebook, orbax starts loops of uvloop."""
     before = asyncio.new_event_loop
     asyncio.new_event_loop = _SettledLoop  # type: ignore[assignment]
     try:
-        yield
+        with futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(function).result()
     finally:
         asyncio.new_event_loop = before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -136,3 +137,36 @@ def _load_outcome(folder) -> str:
         return "told" if "damaged or foreign" in str(error) else str(error)
     same = tree["rest"]["00001"].tobytes() == TREE["rest"]["00001"].tobytes()
     return "harmless" if same else "wrong"
+
+
+def test_orbax_leaves_no_loop_behind(tmp_path, monkeypatch):
+    """Of damaged checkpoints too, and beside a loop that runs, as in a notebook."""
+    loops = []
+
+    class Recorded(checkpoint._SettledLoop):
+        def __init__(self):
+            super().__init__()
+            loops.append(self)
+
+    def loops_of_uvloop():
+        raise AssertionError("they end as errors wherever they are collected")
+
+    monkeypatch.setattr(checkpoint, "_SettledLoop", Recorded)
+    monkeypatch.setattr(pytest.importorskip("uvloop"), "new_event_loop", loops_of_uvloop)
+
+    def save_load_and_damage():
+        save_checkpoint(tmp_path, TREE, {})
+        assert load_checkpoint(tmp_path)[1] == {}
+        (manifest,) = tmp_path.glob("*/*/manifest.ocdbt")
+        manifest.write_bytes(manifest.read_bytes()[:20])
+        with pytest.raises(ValueError, match="damaged"):
+            load_checkpoint(tmp_path)
+
+    async def in_a_notebook():
+        save_load_and_damage()
+
+    save_load_and_damage()
+    alone = len(loops)
+    asyncio.run(in_a_notebook())
+    assert len(loops) > alone > 0
+    assert all(loop.is_closed() for loop in loops)
