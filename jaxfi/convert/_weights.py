@@ -172,9 +172,13 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         # np.load leaves a torn file open, so opening it is not left to np.load.
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return dict(arrays)
+            state = dict(arrays)
     except Exception as error:  # whatever a stranger's bytes do to zipfile, zlib and NumPy
         raise ValueError(f"{path}: not an .npz file of arrays: {error}") from None
+    for name, array in state.items():
+        if not isinstance(array, np.ndarray):  # a member that is no .npy comes as bytes
+            raise ValueError(f"{path}: not an .npz file of arrays: {name} is none")
+    return state
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,6 +208,14 @@ def test_tensors_that_are_no_words(tensor, message, tmp_path) -> None:
     torch.save({"a": torch.ones(1), "fc": tensor()}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=rf"x\.pt: .*{message}"):
         load_state(tmp_path / "x.pt")
+
+
+def test_a_member_that_is_no_array_is_named(tmp_path) -> None:
+    np.savez(tmp_path / "x.npz", w=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as archive:
+        archive.writestr("notes.txt", "text")
+    with pytest.raises(ValueError, match=r"x\.npz: not an \.npz file of arrays: notes.txt is none"):
+        load_state(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "int8"])
