@@ -202,11 +202,27 @@ def read_campaign(path: Path, content: bytes) -> object:
     return read_faults(path.parent, read_description(path.parent))
 
 
+def fault_list(path: Path):
+    return read_fault_list(path, NETWORK, flattened={})
+
+
+def results(path: Path):
+    return read_results(path, NETWORK, flattened={})
+
+
 LIST_FILE = f"faults-{content_hash(list_file())}.npz"
 READERS: dict[str, tuple[Callable[[], bytes], str, Reader]] = {
     "fault list": (csv_content, "a.csv", lambda path, _: FaultList.from_csv(path, PARAMS)),
-    "field's fault list": (list_content, "b.csv", lambda path, _: read_fault_list(path, NETWORK)),
-    "field's results": (results_content, "c.csv", lambda path, _: read_results(path, NETWORK)),
+    "field's fault list": (
+        list_content,
+        "b.csv",
+        lambda path, _: read_fault_list(path, NETWORK, flattened={}),
+    ),
+    "field's results": (
+        results_content,
+        "c.csv",
+        lambda path, _: read_results(path, NETWORK, flattened={}),
+    ),
     "npz": (npz_content, "d.npz", lambda path, _: load_state(path)),
     "safetensors": (safetensors_content, "e.safetensors", lambda path, _: load_state(path)),
     "torch": (torch_content, "f.pt", lambda path, _: load_state(path)),

@@ -253,7 +253,7 @@ def _of_call(equation: core.JaxprEqn, operands: list[State]) -> list[State]:
 
 def _of_cond(equation: core.JaxprEqn, operands: list[State]) -> list[State]:
     if isinstance(operands[0], Run):
-        return [Certain("cond behind it looks at the images of a batch")] * len(equation.outvars)
+        return ["cond behind it looks at the images of a batch"] * len(equation.outvars)
     branches = [_through(body, operands[1:]) for body in equation.params["branches"]]
     return [_joined(states) for states in zip(*branches, strict=True)]
 
@@ -311,8 +311,7 @@ def _of_while(equation: core.JaxprEqn, operands: list[State]) -> list[State]:
     )
     (test,) = _through(params["cond_jaxpr"], [*operands[:of_test], *carry])
     if isinstance(test, (Run, str)):
-        reason = "while behind it runs until all images of a batch are done"
-        return [Certain(reason)] * len(carry)
+        return ["while behind it runs until all images of a batch are done"] * len(carry)
     return carry
 
 
