@@ -8,6 +8,7 @@ the campaign is the trace, single operations (a loop is one), and wide layers su
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jaxfi.engine._compilation import own_settings
 from jaxfi.faults import FaultList, PyTree, inject
 from jaxfi.faults._sampling import generator_of
 from jaxfi.network import Network
-from jaxfi.network._graph import evaluate
+from jaxfi.network._graph import read, run
 from jaxfi.outcomes import Estimate, estimate_rate
 from jaxfi.outcomes._outcomes import judge
 
@@ -91,11 +92,12 @@ def audited(
     batch_size = subject.batches.shape[1]
     number = pairs[:, 1] // batch_size
     found, found_due = np.zeros(num_pairs, np.uint8), np.zeros(num_pairs, bool)
+    outputs, injected = _one_by_one(subject), jax.jit(inject)
     with own_settings(), jax.default_matmul_precision(subject.precision):
         for batch in np.unique(number):
-            golden = _outputs(subject, subject.params, batch)
+            golden = outputs(subject.params, batch)
             for row in np.unique(pairs[number == batch, 0]):
-                faulty = _outputs(subject, inject(subject.params, faults.fault(row)), batch)
+                faulty = outputs(injected(subject.params, faults.fault(row)), batch)
                 verdict = judge(golden, faulty, jnp.zeros(batch_size, jnp.int32), nan)
                 here = (number == batch) & (pairs[:, 0] == row)
                 place = pairs[here, 1] - batch * batch_size
@@ -106,8 +108,21 @@ def audited(
     return Audit(pairs, *there, found, found_due, estimate_rate(differs, 1, outcomes.size))
 
 
-def _outputs(subject: Subject, params: PyTree, number: int) -> jax.Array:
+def _one_by_one(subject: Subject) -> Callable[[PyTree, int], jax.Array]:
+    """The network's outputs of parameters and a batch's number; each operation is a program of its
+    own, compiled once for all pairs."""
     network = subject.network
-    leaves = dict(zip(network.leaves, jax.tree.leaves(params), strict=True))
-    image = {network.image: jnp.asarray(subject.batches[number])}
-    return evaluate(network, [network.output], {**leaves, **image})[0]
+    programs = [
+        jax.jit(lambda *operands, equation=equation: run(network, equation, list(operands)))
+        for equation in network.equations
+    ]
+
+    def outputs(params: PyTree, number: int) -> jax.Array:
+        env = {**network.given, network.image: jnp.asarray(subject.batches[number])}
+        env.update(zip(network.leaves, jax.tree.leaves(params), strict=True))
+        for equation, program in zip(network.equations, programs, strict=True):
+            results = program(*(read(env, value) for value in equation.invars))
+            env.update(zip(equation.outvars, results, strict=True))
+        return read(env, network.output)
+
+    return outputs
