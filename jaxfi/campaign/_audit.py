@@ -1,25 +1,29 @@
 """A campaign checked against the network evaluated operation by operation, without its programs.
 
 All engines go through one compiler, and share what it does to a network: a contraction, a fusion,
-an order of sums. The audit evaluates random (fault, image) pairs one operation at a time, each
-compiled by itself, on the campaign's own batches, and compares the outcomes. What it shares with
-the campaign is the trace, single operations (a loop is one), and wide layers summed in blocks.
+an order of sums. The audit evaluates random (fault, image) pairs one operation at a time, loops
+turn by turn, each operation compiled by itself, on the campaign's own batches, and compares the
+outcomes. What it shares with the campaign is the trace, single operations, and wide layers summed
+in blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from jaxfi.engine._compilation import own_settings
 from jaxfi.faults import FaultList, PyTree, inject
 from jaxfi.faults._sampling import generator_of
 from jaxfi.network import Network
-from jaxfi.network._graph import read, run
+from jaxfi.network._equations import Body, Value, body_env, call_parameter, read
+from jaxfi.network._graph import run
+from jaxfi.network._sources import scan_counts
 from jaxfi.outcomes import Estimate, estimate_rate
 from jaxfi.outcomes._outcomes import judge
 
@@ -109,20 +113,72 @@ def audited(
 
 
 def _one_by_one(subject: Subject) -> Callable[[PyTree, int], jax.Array]:
-    """The network's outputs of parameters and a batch's number; each operation is a program of its
-    own, compiled once for all pairs."""
-    network = subject.network
-    programs = [
-        jax.jit(lambda *operands, equation=equation: run(network, equation, list(operands)))
-        for equation in network.equations
-    ]
+    """The network's outputs of parameters and a batch's number, by single operations."""
+    network, operations = subject.network, _Operations(subject.network)
 
     def outputs(params: PyTree, number: int) -> jax.Array:
         env = {**network.given, network.image: jnp.asarray(subject.batches[number])}
         env.update(zip(network.leaves, jax.tree.leaves(params), strict=True))
-        for equation, program in zip(network.equations, programs, strict=True):
-            results = program(*(read(env, value) for value in equation.invars))
-            env.update(zip(equation.outvars, results, strict=True))
-        return read(env, network.output)
+        return operations.values(network.equations, env, [network.output])[0]
 
     return outputs
+
+
+class _Operations:
+    """Evaluates equations one at a time, loops turn by turn; each operation is a program of its
+    own, compiled once."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.programs: dict[int, Callable] = {}
+
+    def values(
+        self, equations: Iterable[core.JaxprEqn], env: dict, wanted: Iterable[Value]
+    ) -> list:
+        for equation in equations:
+            results = self._results(equation, [read(env, value) for value in equation.invars])
+            env.update(zip(equation.outvars, results, strict=True))
+        return [read(env, value) for value in wanted]
+
+    def _results(self, equation: core.JaxprEqn, operands: list) -> list:
+        name, params = equation.primitive.name, equation.params
+        called = call_parameter(equation)
+        if called is not None:
+            return self._body(params[called], operands)
+        if name == "cond":
+            return self._body(params["branches"][int(operands[0])], operands[1:])
+        if name == "while":
+            return self._while(params, operands)
+        if name == "scan" and params["length"]:
+            return self._scan(equation, operands)
+        program = self.programs.get(id(equation))
+        if program is None:
+            program = jax.jit(lambda *operands: run(self.network, equation, list(operands)))
+            self.programs[id(equation)] = program
+        return program(*operands)
+
+    def _body(self, body: Body, inputs: list) -> list:
+        inner = getattr(body, "jaxpr", body)
+        return self.values(inner.eqns, body_env(body, inputs), inner.outvars)
+
+    def _while(self, params: dict, operands: list) -> list:
+        of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
+        test, consts = operands[:of_test], operands[of_test : of_test + of_body]
+        carry = operands[of_test + of_body :]
+        while bool(self._body(params["cond_jaxpr"], [*test, *carry])[0]):
+            carry = self._body(params["body_jaxpr"], [*consts, *carry])
+        return carry
+
+    def _scan(self, equation: core.JaxprEqn, operands: list) -> list:
+        params, (first, num_carry) = equation.params, scan_counts(equation)
+        consts, carry = operands[:first], operands[first : first + num_carry]
+        stacked = []
+        turns = range(params["length"])
+        for turn in reversed(turns) if params["reverse"] else turns:
+            slices = [array[turn] for array in operands[first + num_carry :]]
+            results = self._body(params["jaxpr"], [*consts, *carry, *slices])
+            carry = results[:num_carry]
+            stacked.append(results[num_carry:])
+        if params["reverse"]:
+            stacked.reverse()
+        return [*carry, *map(jnp.stack, zip(*stacked, strict=True))]

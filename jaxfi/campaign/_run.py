@@ -123,7 +123,7 @@ def run_campaign(
         costs = leaf_costs(network, plans.values(), faults.leaf)
         num_kept = len(labels) * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
         memory = checked_memory(memory_budget, devices, num_kept, costs)
-        function = network_function(network, apply_fn)
+        function = network_function(network)
         golden, speed = golden_run(function, params, batches, len(labels))
         run = functools.partial(compiled(function), params)
         last = golden[len(golden) - len(golden) % batches.shape[1] :]

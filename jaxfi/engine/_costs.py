@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from jax.extend import core
 
 from jaxfi.engine._plan import LeafPlan
-from jaxfi.network._graph import Network, Value, arithmetic, needed_equations
+from jaxfi.network._equations import Value
+from jaxfi.network._graph import Network, arithmetic, needed_equations
 from jaxfi.network._rules import dtype_of, shape_of
 
 

@@ -54,16 +54,14 @@ class Setup:
         return min(self.batch_size, self.num_images - number * self.batch_size)
 
 
-def network_function(network: Network, apply_fn: ApplyFn) -> ApplyFn:
-    """`apply_fn` as every engine computes it: wide layers in blocks, scaled scores stored."""
-    if not network.blocks and not network.stored:
-        return apply_fn
+def network_function(network: Network) -> ApplyFn:
+    """The network as every engine computes it: each operation rounded, wide layers in blocks."""
 
-    def in_blocks(params: PyTree, batch: jax.Array) -> jax.Array:
+    def function(params: PyTree, batch: jax.Array) -> jax.Array:
         leaves = zip(network.leaves, jax.tree.leaves(params), strict=True)
         return evaluate(network, [network.output], {**dict(leaves), network.image: batch})[0]
 
-    return in_blocks
+    return function
 
 
 class GoldenRun(NamedTuple):

@@ -23,14 +23,8 @@ from jax.extend import core
 
 from jaxfi.faults._list import FaultList
 from jaxfi.network._blocks import Blocks, sum_length
-from jaxfi.network._graph import (
-    Network,
-    Value,
-    is_boundary,
-    needed_equations,
-    reached_from,
-    variables,
-)
+from jaxfi.network._equations import Value, variables
+from jaxfi.network._graph import Network, is_boundary, needed_equations, reached_from
 from jaxfi.network._rows import Run, State, mixes_rows, never, uniform_constant
 from jaxfi.network._rules import column_rule, operand_axes, shape_of
 

@@ -26,7 +26,8 @@ from jaxfi.network._blocks import (
     replace_channel,
     siblings,
 )
-from jaxfi.network._graph import Network, evaluate, needed_equations, read, run, variables
+from jaxfi.network._equations import read, variables
+from jaxfi.network._graph import Network, evaluate, needed_equations, run
 
 
 class Golden(NamedTuple):

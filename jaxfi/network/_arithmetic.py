@@ -19,14 +19,13 @@ from jax import lax
 from jax.extend import core
 
 from jaxfi.faults._transforms import PyTree
-from jaxfi.network._graph import ApplyFn, bind, read, trace_network
+from jaxfi.network._equations import Body, bind, bind_bodies, body_env, read
+from jaxfi.network._graph import ApplyFn, trace_network
 from jaxfi.network._rules import dtype_of
 from jaxfi.network._sources import (
     IMAGES,
     NOTHING,
-    Body,
     Sources,
-    call_parameter,
     follow,
     inner_sources,
     leaf_sources,
@@ -201,31 +200,19 @@ def _apply(
             f"cannot set the arithmetic of a {inside}{where}: allowed are {', '.join(_ROUNDED)}, "
             "also inside scan, while, cond and calls"
         )
-    called = call_parameter(equation)
-    if called:
-        return _run_body(equation.params[called], operands, bodies[called], choose)
-    rounded = {
-        parameter: _rounded(equation.params[parameter], inputs, choose)
-        for parameter, inputs in bodies.items()
-    }
-    return bind(equation.replace(params={**equation.params, **rounded}), operands)
-
-
-def _rounded(bodies: Body | tuple, inputs: Sequence[Sources], choose: Choice) -> Body | tuple:
-    """The body of a loop, or the bodies of branches, with operands rounded."""
-    if isinstance(bodies, tuple):
-        return tuple(_rounded(body, inputs, choose) for body in bodies)
-    run = functools.partial(_run_body, bodies, sources=inputs, choose=choose)
-    return jax.make_jaxpr(lambda *operands: run(operands))(*bodies.in_avals)
+    return bind_bodies(
+        equation,
+        operands,
+        lambda name, body, inputs: _run_body(body, inputs, bodies[name], choose),
+    )
 
 
 def _run_body(
     body: Body, operands: Sequence, sources: Sequence[Sources], choose: Choice
 ) -> list[jax.Array]:
-    inner, consts = getattr(body, "jaxpr", body), getattr(body, "consts", ())
-    env = dict(zip((*inner.constvars, *inner.invars), (*consts, *operands), strict=True))
+    inner = getattr(body, "jaxpr", body)
     known = follow(inner.eqns, dict(zip(inner.invars, sources, strict=True)))
-    values = _run(inner.eqns, env, known, choose)
+    values = _run(inner.eqns, body_env(body, operands), known, choose)
     return [read(values, value) for value in inner.outvars]
 
 

@@ -24,6 +24,7 @@ from jaxfi.network._rules import column_rule, dtype_of, shape_of
 
 # Inputs from which on a layer is summed in blocks, and of one block: what pays on a CPU. A block of
 # a convolution is a call of its own, which takes 30 ms to compile: hence at most four.
+MATMULS = ("conv_general_dilated", "dot_general")
 _LEAST_INPUTS = {"dot_general": 1024, "conv_general_dilated": 2048}
 _LEAST_BLOCK = {"dot_general": 256, "conv_general_dilated": 512}
 _MOST_BLOCKS = {"dot_general": math.inf, "conv_general_dilated": 4}
@@ -167,15 +168,10 @@ def climb(partial: jax.Array, *others: jax.Array) -> jax.Array:
     return _unfused(jnp.add, partial, others[-1])
 
 
-def stored(x: jax.Array) -> jax.Array:
-    """The value, in memory: XLA fuses what computes it with nothing that reads it."""
-    return _unfused(lambda x: x, x)
-
-
 def _stored(x: jax.Array) -> jax.Array:
     """A dense layer's inputs, in memory before they are taken apart: fused with that, what computes
     them would run in the order of the blocks, slowly (LeNet's pool: 33 ms more for 500 images)."""
-    return stored(x) if x.ndim == 2 else x
+    return _unfused(lambda x: x, x) if x.ndim == 2 else x
 
 
 def _unfused(function: Callable, *operands: jax.Array) -> jax.Array:

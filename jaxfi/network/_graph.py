@@ -6,11 +6,9 @@ and suffix of a leaf are both calls of `evaluate`.
 
 Where a network may be cut without moving a bit
 -----------------------------------------------
-A compiler fuses a chain of elementwise operations, and inside one fusion contracts `a * b + c` to
-one rounding (FMA). Cut between the `*` and the `+`, and the last bits change (seen on a CPU: in
-69 % of the outputs of conv, BatchNorm, ReLU, conv). So a value may be stored between two programs
-only where the whole program stores it or rounds it the same: `is_boundary` says where. Everything
-else is computed again.
+Each operation rounds by itself (`_rounding`), so a value may be stored between two programs. Only
+what a reduction reads may not: the order of its sum depends on what is fused into it. Such a value
+is computed again.
 """
 
 from __future__ import annotations
@@ -26,27 +24,23 @@ import numpy as np
 from jax.extend import core
 
 from jaxfi.faults._transforms import PyTree, leaf_paths
-from jaxfi.network._blocks import Blocks, blocked_dot, find_blocks, layer_dot, stored, sum_length
+from jaxfi.network._blocks import MATMULS, Blocks, blocked_dot, find_blocks, layer_dot, sum_length
+from jaxfi.network._equations import Value, bind, read, variables
 from jaxfi.network._frozen import ApplyFn, Array, Frozen, check_output, frozen
+from jaxfi.network._rounding import bind_rounded, rounded, to_be_rounded
 from jaxfi.network._rules import dtype_of, shape_of
 
-Value = core.Var | core.Literal
 UNKNOWN = -1  # depends on the images, but no axis is known to be theirs
 COUPLED = -2  # depends on the images, and no axis can be theirs: it mixes a batch's images
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call",
           "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}  # fmt: skip
-# A product may be contracted with the sum that consumes it; the rest of a chain rounds by itself.
-_PRODUCTS = {"mul", "div", "integer_pow", "square", "neg"}
-_SUMS = {"add", "sub", "add_any"}
-# These move values and round nothing: a product seen through them is still a product.
+# These move values and round nothing.
 _MOVES = {"broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "pad", "concatenate",
           "convert_element_type", "copy", "copy_p", "expand_dims", "rev", "split"}  # fmt: skip
 # The order of these sums may depend on what is fused into them.
 _REDUCTIONS = {"reduce_sum", "reduce_prod", "cumsum", "reduce_window_sum", "argmax", "argmin",
                "reduce_precision"}  # fmt: skip
-# The results of these are always stored, and nothing is fused into them.
-_STORED = {"conv_general_dilated", "dot_general"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +56,8 @@ class Network:
       batch_axis: per variable: the images' axis, None for none, `UNKNOWN` or `COUPLED`.
       producers, consumers: the equation that computes a variable; those that read it.
       blocks: the results of layers that are summed in blocks, and how.
-      stored: scaled scores that a softmax reads; every engine stores them (`_scaled_scores`).
+      rounded: results that every engine keeps the compiler from putting together with what reads
+        them (`_rounding`).
     """
 
     equations: tuple[core.JaxprEqn, ...]
@@ -75,7 +70,7 @@ class Network:
     producers: Mapping[core.Var, core.JaxprEqn]
     consumers: Mapping[core.Var, tuple[core.JaxprEqn, ...]]
     blocks: Mapping[core.Var, Blocks]
-    stored: frozenset[core.Var] = frozenset()
+    rounded: frozenset[core.Var]
 
 
 def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> Network:
@@ -99,7 +94,7 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
         for var in variables(equation.invars):
             consumers.setdefault(var, []).append(equation)
     batch_axis = _batch_axes(now, params, images, jaxpr)
-    network = Network(
+    return Network(
         equations=equations,
         leaves=leaves,
         paths=leaf_paths(params),
@@ -110,8 +105,8 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
         producers={var: equation for equation in equations for var in equation.outvars},
         consumers={var: tuple(equations) for var, equations in consumers.items()},
         blocks=find_blocks(equations, batch_axis),
+        rounded=to_be_rounded(equations),
     )
-    return dataclasses.replace(network, stored=_scaled_scores(network))
 
 
 def digest(network: Network) -> str:
@@ -133,7 +128,6 @@ def digest(network: Network) -> str:
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
         hashed.update(np.asarray(jax.random.key_data(value) if is_key else value).tobytes())
     hashed.update(repr((inputs, described(network.output), [*network.blocks.values()])).encode())
-    hashed.update(repr(sorted(described(var) for var in network.stored)).encode())
     return hashed.hexdigest()
 
 
@@ -145,11 +139,6 @@ def _text(setting: Any) -> str:
         for const in getattr(body, "consts", ())
     ]
     return re.sub(" at 0x[0-9a-f]+", "", f"{setting!r} {held}")
-
-
-def variables(values: Iterable[Value]) -> list[core.Var]:
-    """The variables among an equation's operands, without the literals."""
-    return [value for value in values if not isinstance(value, core.Literal)]
 
 
 def evaluate(network: Network, wanted: Iterable[Value], known: Mapping[core.Var, Array]) -> list:
@@ -166,27 +155,14 @@ def evaluate(network: Network, wanted: Iterable[Value], known: Mapping[core.Var,
     return [read(env, value) for value in wanted]
 
 
-def read(env: Mapping[core.Var, Array], value: Value) -> Any:
-    """The value of an operand: a literal's own, or the variable's in `env`."""
-    return value.val if isinstance(value, core.Literal) else env[value]
-
-
 def run(network: Network, equation: core.JaxprEqn, operands: list) -> list:
-    """Runs one equation as every engine does: wide layers in blocks, scaled scores stored."""
+    """Runs one equation as every engine does: wide layers in blocks, each operation rounded."""
     result = equation.outvars[0]
     if result in network.blocks:
         x, weights = operands
         return [blocked_dot(x, weights, network.blocks[result], layer_dot(equation))]
-    results = bind(equation, operands)
-    return [stored(results[0])] if result in network.stored else results
-
-
-def bind(equation: core.JaxprEqn, operands: list) -> list:
-    """Runs one equation on other operands of the same shapes."""
-    params = equation.primitive.get_bind_params(equation.params)
-    with equation.ctx.manager:
-        results = equation.primitive.bind(*operands, **params)
-    return list(results) if equation.primitive.multiple_results else [results]
+    results = bind_rounded(equation, operands)
+    return [rounded(results[0])] if result in network.rounded else results
 
 
 def reached_from(network: Network, source: core.Var) -> set[core.Var]:
@@ -201,44 +177,15 @@ def reached_from(network: Network, source: core.Var) -> set[core.Var]:
 def is_boundary(network: Network, var: core.Var) -> bool:
     """Whether `var` may be stored between two programs without moving a bit of either.
 
-    An input and the result of a convolution or matmul always may. Any other value may, unless it is
-    a product that a sum consumes (they may be contracted), or a reduction consumes it.
+    A value that a reduction reads may not, unless it is an input or the result of a convolution or
+    matmul; nor may a random key, which has no words to store.
     """
     producer = network.producers.get(var)
-    if var in network.stored:
-        return True
     if jax.dtypes.issubdtype(dtype_of(var), jax.dtypes.extended):
-        return False  # a random key has no words to store
-    if producer is None or producer.primitive.name in _STORED:
-        return True
-    readers = _through_moves(var, network, forward=True)
-    if readers & _REDUCTIONS:
         return False
-    return not (_through_moves(var, network, forward=False) & _PRODUCTS and readers & _SUMS)
-
-
-def _scaled_scores(network: Network) -> frozenset[core.Var]:
-    """Products that a maximum and a difference read, as softmax(x * c) has them.
-
-    A compiler contracts x * c - max(x * c) to one operation that rounds once: where x * c is huge,
-    the difference is then the rounding error of the maximum, and not 0, and its exponential Inf.
-    Stored, the product is rounded before both read it, as in the arithmetic that the network asks
-    for. A product with a power of two needs no rounding.
-    """
-    found = set()
-    for equation in network.equations:
-        result = equation.outvars[0]
-        if equation.primitive.name not in ("mul", "div") or not shape_of(result):
-            continue
-        if not jax.numpy.issubdtype(dtype_of(result), np.floating):
-            continue
-        scales = [v.val for v in equation.invars if isinstance(v, core.Literal)]
-        if any(abs(np.frexp(float(scale))[0]) == 0.5 for scale in scales):
-            continue
-        readers = _through_moves(result, network, forward=True)
-        if "reduce_max" in readers and readers & _SUMS:
-            found.add(result)
-    return frozenset(found)
+    if producer is None or producer.primitive.name in MATMULS:
+        return True
+    return not _readers(var, network) & _REDUCTIONS
 
 
 def arithmetic(equations: Iterable[core.JaxprEqn]) -> int:
@@ -254,7 +201,7 @@ def needed_equations(
 
 
 def _operations(equation: core.JaxprEqn) -> int:
-    if equation.primitive.name in _STORED:
+    if equation.primitive.name in MATMULS:
         return 2 * sum_length(equation) * int(np.prod(shape_of(equation.outvars[0])))
     return sum(
         _operations(inner) * int(equation.params.get("length", 1))
@@ -263,18 +210,13 @@ def _operations(equation: core.JaxprEqn) -> int:
     )
 
 
-def _through_moves(var: core.Var, network: Network, forward: bool) -> set[str]:
-    """Names of the operations that produce (or consume) `var`, looking through moves."""
-    if forward:
-        equations: Iterable[core.JaxprEqn] = network.consumers.get(var, ())
-    else:
-        equations = [network.producers[var]] if var in network.producers else []
+def _readers(var: core.Var, network: Network) -> set[str]:
+    """Names of the operations that read `var`, looking through moves."""
     names: set[str] = set()
-    for equation in equations:
+    for equation in network.consumers.get(var, ()):
         names.add(equation.primitive.name)
         if equation.primitive.name in _MOVES:
-            for other in equation.outvars if forward else variables(equation.invars):
-                names |= _through_moves(other, network, forward)
+            names = names.union(*(_readers(other, network) for other in equation.outvars))
     return names
 
 

@@ -17,12 +17,11 @@ from jax import lax
 from jax.extend import core
 
 from jaxfi.faults import PyTree
-from jaxfi.network._graph import ApplyFn, Network, bind, read
+from jaxfi.network._equations import Body, bind, call_parameter, read
+from jaxfi.network._graph import ApplyFn, Network
 from jaxfi.network._sources import (
     NOTHING,
-    Body,
     Sources,
-    call_parameter,
     follow,
     inner_sources,
     leaf_sources,

@@ -47,7 +47,8 @@ from jaxfi.faults._transforms import (
     to_words,
     word_dtype,
 )
-from jaxfi.network._graph import ApplyFn, Network, bind, read, trace_network
+from jaxfi.network._equations import bind, read
+from jaxfi.network._graph import ApplyFn, Network, trace_network
 from jaxfi.network._images import images_shape
 from jaxfi.network._sources import IMAGES, inner_sources, leaf_sources, sources_of
 

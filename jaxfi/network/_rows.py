@@ -21,8 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from jax.extend import core
 
+from jaxfi.network._equations import call_parameter
 from jaxfi.network._rules import column_rule, shape_of
-from jaxfi.network._sources import call_parameter, scan_counts
+from jaxfi.network._sources import scan_counts
 
 Value = core.Var | core.Literal
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jax.extend import core
 
-from jaxfi.network._graph import Network, Value
+from jaxfi.network._equations import Body, Value, call_parameter
+from jaxfi.network._graph import Network
 
 Sources = frozenset[int]
-Body = core.Jaxpr | core.ClosedJaxpr
 
 IMAGES = -1  # stands among leaf numbers for "depends on the images"
 NOTHING: Sources = frozenset()
@@ -55,22 +55,6 @@ def inner_sources(equation: core.JaxprEqn, operands: Sequence[Sources]) -> dict[
         return {"branches": list(operands[1:])}
     called = call_parameter(equation)
     return {called: list(operands)} if called else {}
-
-
-def call_parameter(equation: core.JaxprEqn) -> str | None:
-    """The parameter that holds what an equation calls; None if it is no plain call.
-
-    A plain call (of a jitted function, of one with its own derivative, of a checkpointed one) runs
-    its body once, on the equation's operands, and gives the body's results.
-    """
-    for name in ("jaxpr", "call_jaxpr"):
-        body = equation.params.get(name)
-        if isinstance(body, Body) and equation.primitive.name != "scan":
-            inner = getattr(body, "jaxpr", body)
-            outside = [value.aval for value in (*equation.invars, *equation.outvars)]
-            if outside == [value.aval for value in (*inner.invars, *inner.outvars)]:
-                return name
-    return None
 
 
 def through(body: Body, inputs: Sequence[Sources]) -> list[Sources]:

@@ -178,7 +178,7 @@ def test_network_in_blocks_is_the_users_network(model) -> None:
     apply_fn, params, network = traced(model)
     x = np.random.default_rng(0).normal(size=network.image.aval.shape).astype(np.float32)
     assert network.blocks
-    blocked = network_function(network, apply_fn)(params, x)
+    blocked = network_function(network)(params, x)
     np.testing.assert_allclose(blocked, apply_fn(params, x), rtol=0, atol=2e-5)
 
 
