@@ -24,6 +24,7 @@ from jaxfi.campaign._checks import (
     warn_of_idle_faults,
 )
 from jaxfi.engine._compilation import compiled, own_settings
+from jaxfi.engine._golden import network_function
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sampling import nth_key, sample_faults
 from jaxfi.faults._transforms import Fault, PyTree, inject
@@ -146,7 +147,7 @@ def cumulative_accuracy(
             trial.check_injectable(params)
     with own_settings(), jax.default_device(device):
         inputs = checked_inputs(apply_fn, params, images, labels, batch_size, device)
-        golden = functools.partial(compiled(inputs.apply_fn), inputs.params)
+        golden = functools.partial(compiled(network_function(inputs.network)), inputs.params)
         check_last_batch(inputs.network, golden, inputs.batches, len(inputs.labels))
         warn_of_idle_faults(inputs.network, np.concatenate([trial.leaf for trial in trials]))
         count = functools.partial(_counted, _counting_program(inputs, nan), inputs, counts)
@@ -195,7 +196,7 @@ def _counting_program(inputs: Inputs, nan: str) -> Callable:
     if key not in _PROGRAMS:
         if len(_PROGRAMS) == _MOST_PROGRAMS:
             del _PROGRAMS[next(iter(_PROGRAMS))]
-        count = functools.partial(count_outputs, inputs.apply_fn, nan=nan)
+        count = functools.partial(count_outputs, network_function(inputs.network), nan=nan)
         _PROGRAMS[key] = compiled(jax.vmap(count, in_axes=(0, None, None)))
     return _PROGRAMS[key]
 
