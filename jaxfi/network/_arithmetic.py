@@ -139,7 +139,7 @@ def with_arithmetic(apply_fn: ApplyFn, arithmetic: Mapping[str, str]) -> ApplyFn
 
     def rounded_apply_fn(params: PyTree, images: jax.Array) -> jax.Array:
         shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
-        network = trace_network(apply_fn, params, shape)
+        network = trace_network(apply_fn, params, shape, keep_derivatives=True)
         entries = _entry_of_each_leaf(network.paths, patterns)
         choose = functools.partial(_rounding, entries=entries, patterns=patterns)
         leaves = zip(network.leaves, jax.tree.leaves(params), strict=True)

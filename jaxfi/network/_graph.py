@@ -35,6 +35,8 @@ COUPLED = -2  # depends on the images, and no axis can be theirs: it mixes a bat
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call",
           "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}  # fmt: skip
+_OWN_DERIVATIVES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_NONE: frozenset[bool] = frozenset()
 # These move values and round nothing.
 _MOVES = {"broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "pad", "concatenate",
           "convert_element_type", "copy", "copy_p", "expand_dims", "rev", "split"}  # fmt: skip
@@ -73,18 +75,27 @@ class Network:
     rounded: frozenset[core.Var]
 
 
-def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> Network:
+def trace_network(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    images: jax.ShapeDtypeStruct,
+    *,
+    keep_derivatives: bool = False,
+) -> Network:
     """Traces `apply_fn(params, images)`.
 
     Args:
       apply_fn: pure; maps images [batch, ...] to outputs [batch, classes].
       params: the parameter tree (arrays, or their shapes).
       images: shape and dtype of one batch.
+      keep_derivatives: a function with derivatives of its own (jax.custom_jvp, jax.custom_vjp)
+        stays one equation, so that what is differentiated later has them; unless it is where
+        parameters meet the images.
 
     Raises ValueError if the output is not [batch, classes] of a float dtype.
     """
     now = frozen(apply_fn)
-    jaxpr, closed_over = _flat_jaxpr(now, params, images)
+    jaxpr, closed_over = _flat_jaxpr(now, params, images, keep_derivatives)
     check_output(jaxpr, images.shape[0])
     num_leaves = len(jax.tree.leaves(params))
     leaves, image = tuple(jaxpr.invars[:num_leaves]), jaxpr.invars[num_leaves]
@@ -93,7 +104,7 @@ def trace_network(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruc
     for equation in equations:
         for var in variables(equation.invars):
             consumers.setdefault(var, []).append(equation)
-    batch_axis = _batch_axes(now, params, images, jaxpr)
+    batch_axis = _batch_axes(now, params, images, jaxpr, keep_derivatives)
     return Network(
         equations=equations,
         leaves=leaves,
@@ -233,26 +244,42 @@ def _needed(
 
 
 def _flat_jaxpr(
-    apply_fn: Frozen, params: PyTree, images: jax.ShapeDtypeStruct
+    apply_fn: Frozen, params: PyTree, images: jax.ShapeDtypeStruct, keep_derivatives: bool = False
 ) -> tuple[core.Jaxpr, list]:
     nested = apply_fn.traced(params, images)
-    flat = jax.make_jaxpr(lambda *inputs: _run_inlined(nested.jaxpr, nested.consts, inputs))(
-        *[var.aval for var in nested.jaxpr.invars]
+    last = len(nested.jaxpr.invars) - 1
+    sources = (
+        [frozenset({number == last}) for number in range(last + 1)] if keep_derivatives else ()
     )
+    flat = jax.make_jaxpr(
+        lambda *inputs: _run_inlined(nested.jaxpr, nested.consts, inputs, sources)
+    )(*[var.aval for var in nested.jaxpr.invars])
     return flat.jaxpr, flat.consts
 
 
-def _run_inlined(jaxpr: core.Jaxpr, consts: Iterable, inputs: Iterable) -> list:
+def _run_inlined(
+    jaxpr: core.Jaxpr, consts: Iterable, inputs: Iterable, sources: Iterable[frozenset[bool]]
+) -> list:
+    """With `sources` of the inputs, which say if they are computed from images, from parameters, or
+    from both, calls with derivatives of their own stay, unless they join parameters and images."""
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    known = dict(zip(jaxpr.invars, sources, strict=True)) if sources else {}
     for equation in jaxpr.eqns:
         operands = [read(env, value) for value in equation.invars]
         inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        if equation.primitive.name in _CALLS and inner is not None:
+        of_operands = [
+            _NONE if isinstance(v, core.Literal) else known.get(v, _NONE) for v in equation.invars
+        ]
+        joins = frozenset({False}) in of_operands and any(True in one for one in of_operands)
+        kept = sources and not joins and equation.primitive.name in _OWN_DERIVATIVES
+        if equation.primitive.name in _CALLS and inner is not None and not kept:
             body = inner.jaxpr if hasattr(inner, "jaxpr") else inner
-            results = _run_inlined(body, getattr(inner, "consts", ()), operands)
+            of_inputs = of_operands if sources else ()
+            results = _run_inlined(body, getattr(inner, "consts", ()), operands, of_inputs)
         else:
             results = bind(equation, operands)
         env.update(zip(equation.outvars, results, strict=True))
+        known.update(dict.fromkeys(equation.outvars, _NONE.union(*of_operands)))
     return [read(env, value) for value in jaxpr.outvars]
 
 
@@ -282,7 +309,11 @@ def used_leaves(network: Network) -> set[int]:
 
 
 def _batch_axes(
-    apply_fn: Frozen, params: PyTree, images: jax.ShapeDtypeStruct, jaxpr: core.Jaxpr
+    apply_fn: Frozen,
+    params: PyTree,
+    images: jax.ShapeDtypeStruct,
+    jaxpr: core.Jaxpr,
+    keep_derivatives: bool,
 ) -> dict[core.Var, int | None]:
     """Finds the images' axis of every value by tracing once more at another batch size.
 
@@ -291,7 +322,7 @@ def _batch_axes(
     batch = images.shape[0]
     other_images = jax.ShapeDtypeStruct((batch + 1, *images.shape[1:]), images.dtype)
     try:
-        other = _flat_jaxpr(apply_fn, params, other_images)[0].eqns
+        other = _flat_jaxpr(apply_fn, params, other_images, keep_derivatives)[0].eqns
     except Exception:  # the user's function may refuse any other batch size, in any way
         other = []
     same = [e.primitive.name for e in other] == [e.primitive.name for e in jaxpr.eqns]

@@ -91,7 +91,7 @@ def neuron_outputs(
     Raises ValueError if no layer matches, or if one that does is called in a loop or branch, has
     calls of several shapes (and not `by_call`), or has no leading axis of images.
     """
-    network = trace_network(apply_fn, params, images_shape(images))
+    network = trace_network(apply_fn, params, images_shape(images), keep_derivatives=True)
     outputs = layer_outputs(network)
     chosen = sorted(name for name in outputs if fnmatch.fnmatchcase(name, layers))
     if not chosen:
@@ -288,7 +288,7 @@ def transform_outputs(apply_fn: ApplyFn, change: Callable[[str, jax.Array], jax.
 
     def changed(params: PyTree, images: jax.Array) -> jax.Array:
         shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
-        network = trace_network(apply_fn, params, shape)
+        network = trace_network(apply_fn, params, shape, keep_derivatives=True)
         names = _names_of_outputs(network)
         leaves = zip(network.leaves, jax.tree.leaves(params), strict=True)
         env = {**network.given, **dict(leaves), network.image: images}
