@@ -17,7 +17,7 @@ from jaxfi.engine._compilation import checked_precision, compiled
 from jaxfi.engine._engines import ENGINES
 from jaxfi.engine._explain import LeafCost, least_memory
 from jaxfi.engine._plan import mixes_images
-from jaxfi.faults import PyTree
+from jaxfi.faults import FaultList, PyTree
 from jaxfi.faults._sites import checked_integer
 from jaxfi.network import ApplyFn, Network, trace_network
 from jaxfi.network._frozen import frozen
@@ -38,6 +38,16 @@ def check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
     checked_precision(precision)
     checked_nan_policy(nan)
     checked_integer("seed", seed, 0)
+
+
+def check_faults(faults: FaultList, params: PyTree, *, empty: bool = False) -> None:
+    """Raises TypeError for what is no fault list, ValueError for one that does not fit `params`."""
+    if not isinstance(faults, FaultList):
+        raise TypeError(
+            f"faults are a {type(faults).__name__}: allowed is a FaultList, as sample_faults gives"
+        )
+    if len(faults) or not empty:
+        faults.check_injectable(params)
 
 
 class Inputs(NamedTuple):

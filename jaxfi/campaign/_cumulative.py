@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxfi.campaign._checks import (
     Inputs,
+    check_faults,
     check_last_batch,
     checked_inputs,
     warn_of_idle_faults,
@@ -138,13 +139,12 @@ def cumulative_accuracy(
     [[1.0, 1.0, 0.5]]
     """
     checked_nan_policy(nan)
-    if np.ndim(images) == 1 < np.ndim(labels):
+    if np.ndim(labels) > 1 and np.ndim(images) == 1:  # counts came first once
         images, labels, counts = labels, counts, images
     _check_counts(counts, trials)
     device = jax.local_devices()[0]
     for trial in trials:
-        if len(trial):
-            trial.check_injectable(params)
+        check_faults(trial, params, empty=True)
     with own_settings(), jax.default_device(device):
         inputs = checked_inputs(apply_fn, params, images, labels, batch_size, device)
         golden = functools.partial(compiled(network_function(inputs.network)), inputs.params)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from jaxfi.campaign._audit import Subject
 from jaxfi.campaign._checks import (
     check_choices,
+    check_faults,
     check_last_batch,
     checked_devices,
     checked_inputs,
@@ -41,6 +42,7 @@ from jaxfi.engine._golden import Setup, golden_run, network_function
 from jaxfi.engine._plan import part_of_layer, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import PyTree
+from jaxfi.network._frozen import frozen
 from jaxfi.network._graph import ApplyFn, trace_network
 from jaxfi.network._loops import has_open_loop, with_loop_limit
 from jaxfi.outcomes._outcomes import (
@@ -106,7 +108,8 @@ def run_campaign(
     [[2, 1], [0, 0]]
     """
     check_choices(engine, precision, nan, seed)
-    faults.check_injectable(params)
+    apply_fn = frozen(apply_fn)
+    check_faults(faults, params)
     devices = checked_devices(devices, workdir)
     arithmetic = jax.default_matmul_precision(precision)
     with own_settings(), arithmetic, jax.default_device(devices[0]):

@@ -42,7 +42,17 @@ def own_settings() -> Iterator[None]:
     """Within it, the session's settings that stop a faulty run or slow it down do not: faults make
     NaN and Inf, results are fetched, programs are kept, keys are constants of a network that runs
     again and again, and what is added or compared has the dtypes and ranks that it should. There is
-    no mesh: each device runs by itself."""
+    no mesh: each device runs by itself.
+
+    Raises ValueError inside jit, grad or vmap, where there are no values to run on.
+    """
+    try:
+        no_mesh = jax.set_mesh(_NO_MESH)
+    except ValueError:
+        raise ValueError(
+            "this needs values, and cannot run inside jit, grad or vmap: allowed there are the "
+            "transforms, such as inject"
+        ) from None
     with (
         jax.debug_nans(False),
         jax.debug_infs(False),
@@ -52,7 +62,7 @@ def own_settings() -> Iterator[None]:
         jax.transfer_guard("allow"),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
-        jax.set_mesh(_NO_MESH),
+        no_mesh,
     ):
         yield
 

@@ -18,16 +18,20 @@ def held(name: str, array: Any) -> Any:
             raise ValueError(f"{name} was deleted, as by a step that its buffer was donated to")
         if not array.is_fully_addressable:
             raise ValueError(f"{name} is spread over several processes: allowed are local arrays")
+    if np.ma.is_masked(array):
+        raise ValueError(
+            f"{name}: masked values have no place here: fill them (np.ma.filled), or leave out "
+            "what holds them"
+        )
     return array
 
 
 def array_of(name: str, values: Any) -> np.ndarray:
     """Values [N, ...] on the host; TypeError or ValueError naming them if they are no numbers."""
+    values = held(name, values)
     try:
-        array = np.asarray(held(name, values))
+        array = np.asarray(values)
     except ValueError as error:
-        if isinstance(values, jax.Array):
-            raise
         raise ValueError(f"{name} are no array: {error}") from None
     _check(name, array, values)
     return array

@@ -286,3 +286,47 @@ def test_leaves_that_hold_no_words_are_named(leaf, message) -> None:
     ):
         with pytest.raises(TypeError, match=f"^{message}"):
             call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda p, x: run(params=p), lambda p, x: run(images=x),
+     lambda p, x: jaxfi.explain(network, p, x),
+     lambda p, x: jaxfi.cumulative_accuracy(network, p, [FAULTS], x, LABELS, [1], batch_size=5)],
+    ids=["params", "images", "explain", "cumulative"],
+)  # fmt: skip
+@pytest.mark.parametrize("inside", [jax.jit, jax.vmap, jax.grad, jax.checkpoint])
+def test_inside_a_transform_it_is_one_line(call, inside) -> None:
+    def function(p, x):
+        call(p, x)
+        return jnp.float32(0)
+
+    arguments = PARAMS, IMAGES
+    if inside is jax.vmap:
+        arguments = jax.tree.map(lambda leaf: leaf[None], arguments)
+    with pytest.raises(ValueError, match=r"^this needs values, and cannot run inside jit, grad"):
+        inside(function)(*arguments)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"images": np.ma.masked_greater(IMAGES, 1)}, "^images: masked values have no place here"),
+        ({"labels": np.ma.masked_equal(LABELS, 1)}, "^labels: masked values have no place here"),
+        (
+            {"params": {**PARAMS, "a": np.ma.masked_greater(PARAMS["a"], 1)}},
+            "^leaf a: masked values have no place here",
+        ),
+        ({"faults": FAULTS.fault(0)}, "^faults are a Fault: allowed is a FaultList"),
+        ({"apply_fn": PARAMS}, "^apply_fn is a dict: allowed is a function"),
+        ({"images": [[1, 2], [3]]}, "^images are no array"),
+    ],
+)
+def test_what_is_no_argument_is_named(changed, message) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        run(**changed)
+
+
+def test_an_array_without_masked_values_is_an_array(expected) -> None:
+    found = run(images=np.ma.masked_array(IMAGES))
+    np.testing.assert_array_equal(found.outcomes, expected)
