@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,71 @@ def test_what_is_missing_is_said_with_its_extra(program, package, extra) -> None
     assert (
         said == f"{package} is not installed: pip install 'jax-fault-injection[{extra}]' brings it"
     )
+
+
+@pytest.mark.parametrize(
+    "command, package, extra",
+    [
+        ("jaxfi.report", "matplotlib", "report"),
+        ("jaxfi.report.study", "matplotlib", "report"),
+        ("experiments.gr", "absl", "experiments"),
+        ("experiments.benchmarks.imports", "optax", "experiments"),
+    ],
+)
+def test_a_command_says_what_is_missing_in_one_line(command, package, extra, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        f"PathFinder.find_spec = lambda name, *rest: "
+        f"None if name.partition('.')[0] == {package!r} else find(name, *rest)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    said = subprocess.run(
+        [sys.executable, "-m", command, "nowhere"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    expected = f"{package} is not installed: pip install 'jax-fault-injection[{extra}]' brings it\n"
+    assert (said.returncode, said.stderr) == (1, expected)
+
+
+# What a room imports comes with the core or with these extras, each named where it is needed.
+EXTRAS = {"campaign": ["store", "report"], "data": ["data"], "models": ["train"],
+          "training": ["train"], "convert": ["convert", "torch"], "report": ["report"],
+          "experiments": ["experiments"], "benchmarks": ["experiments", "bench"]}  # fmt: skip
+NAMES = {"absl": "absl-py", "sklearn": "scikit-learn", "PIL": "pillow", "orbax": "orbax-checkpoint"}
+
+
+def declared(extras: list[str]) -> set[str]:
+    """Distributions that the core and extras name, those of extras they include too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found, to_read = set(), [*project["dependencies"]]
+    to_read += [line for extra in extras for line in project["optional-dependencies"][extra]]
+    while to_read:
+        name, inner = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", to_read.pop()).groups()
+        found.add(name)
+        for extra in (inner or "").split(",") if name == project["name"] else []:
+            to_read += project["optional-dependencies"][extra]
+    return found
+
+
+@pytest.mark.parametrize("folder", ["jaxfi", "experiments"])
+def test_what_is_imported_is_declared(folder) -> None:
+    for path in modules(folder):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        room = parts[1] if folder == "jaxfi" else "experiments"
+        allowed = declared(EXTRAS.get("benchmarks" if "benchmarks" in parts else room, []))
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        names = {
+            name.partition(".")[0]
+            for node in tree
+            for name in (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import)
+                else [node.module] if isinstance(node, ast.ImportFrom) else []
+            )
+        }  # fmt: skip
+        others = names - set(sys.stdlib_module_names) - {"jaxfi", "experiments", "tests"}
+        missing = {NAMES.get(name, name.replace("_", "-")) for name in others} - allowed
+        assert not missing, f"{path}: {missing} not declared"
 
 
 def test_types_ship() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 DISTRIBUTION = "jax-fault-injection"
@@ -12,7 +13,8 @@ DISTRIBUTION = "jax-fault-injection"
 def extra(name: str) -> Iterator[None]:
     """Around the imports that the extra `name` brings.
 
-    Raises ImportError that says in one line what is missing and what to install.
+    Raises ImportError that says in one line what is missing and what to install; of a command
+    (`python -m`), that line is all that is printed.
     """
     try:
         yield
@@ -20,7 +22,7 @@ def extra(name: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if not package or package == "jaxfi":
             raise
-        raise ImportError(
-            f"{package} is not installed: pip install '{DISTRIBUTION}[{name}]' brings it",
-            name=error.name,
-        ) from None
+        message = f"{package} is not installed: pip install '{DISTRIBUTION}[{name}]' brings it"
+        if sys.argv[:1] == ["-m"]:  # so it is while Python looks for a command's module
+            sys.exit(message)
+        raise ImportError(message, name=error.name) from None
