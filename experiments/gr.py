@@ -83,6 +83,11 @@ def load_images(config: Config) -> Dataset:
     for name, number in available.items():
         if getattr(config, name) > number:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: up to {number} images")
+    num_images = config.num_images or len(dataset.test_images)
+    if config.images_per_fault > num_images:
+        raise ValueError(
+            f"images_per_fault is {config.images_per_fault}; allowed: up to {num_images} images"
+        )
     if config.num_train_images:
         dataset = dataclasses.replace(
             dataset,
@@ -153,7 +158,8 @@ def inject_faults(
     dataset: Dataset,
     folder: Path,
 ) -> Campaign:
-    """Every fault on the first `num_images` test images, continued if `folder` has a part of it."""
+    """Every fault on the first `num_images` test images, or on `images_per_fault` of them drawn for
+    it; continued if `folder` has a part of it."""
     images, labels = first_test_images(dataset, config.num_images)
     return run_campaign(
         evaluation_function(module, variables),
@@ -167,6 +173,7 @@ def inject_faults(
         batch_size=config.campaign_batch_size,
         memory_budget=config.memory_budget or None,
         seed=config.seed,
+        images_per_fault=config.images_per_fault or None,
         progress=jax.process_index() == 0,
         workdir=folder,
     )
@@ -201,7 +208,10 @@ def write_report(
     names = (f"{config.model}, default loss", f"{config.model}, gradient loss (α={config.alpha:g})")
     named = dict(zip(names, (campaigns[loss] for loss in LOSSES), strict=True))
     write_figures(config, named, order, workdir)
-    write_coverage(named, workdir)
+    if config.images_per_fault:
+        print("No coverage: which images detect a fault is known where faults see all images.")
+    else:
+        write_coverage(named, workdir)
     return rows
 
 

@@ -44,13 +44,20 @@ def fill(ledger: Ledger, campaign: Campaign) -> None:
 def keep(campaign: Campaign, values: tuple[np.ndarray, np.ndarray], directory: Path) -> None:
     """Writes the campaign as `run_campaign` does, from nothing to merged."""
     arrays = {"golden": campaign.golden, "labels": campaign.labels}
-    with open_directory(directory, campaign.provenance, campaign.faults, values, arrays) as ledger:
+    with open_directory(
+        directory,
+        campaign.provenance,
+        campaign.faults,
+        values,
+        arrays,
+        num_images=campaign.outcomes.shape[1],
+    ) as ledger:
         fill(ledger, campaign)
 
 
 def hold(campaign: Campaign) -> None:
     """The same without a directory."""
-    first = campaign.results.of_faults(slice(1))
+    first = campaign.results.of_faults(np.zeros(len(campaign.faults), int))
     fill(MemoryLedger(first, np.ones(len(campaign.faults), bool)), campaign)
 
 

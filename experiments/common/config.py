@@ -58,6 +58,7 @@ class Config:
         200, "Pairs checked operation by operation after each campaign; 0 checks none.", False
     )
     num_images: int = setting(0, "Test images of the campaign, the first ones; 0 is all.")
+    images_per_fault: int = setting(0, "Of those, images drawn for each fault; 0 is all.")
     fault_model: str = setting("bit-flip", "Fault model: bit-flip, stuck-at-0, stuck-at-1, zero.")
     fault_list: str = setting("", "CSV file of the faults to inject, in place of a sample.")
     nan: str = setting("argmax", "What a NaN output counts as: argmax (as published) or critical.")
@@ -110,7 +111,7 @@ _NAMES = {
     "precision": PRECISIONS,
 }
 _OF_A_SAMPLE = ("margin", "p", "num_faults", "fault_model")
-_COUNTS = ("num_train_images", "num_faults", "num_images", "memory_budget")
+_COUNTS = ("num_train_images", "num_faults", "num_images", "images_per_fault", "memory_budget")
 
 
 def define_flags(values: flags.FlagValues, settings: type = Config) -> None:

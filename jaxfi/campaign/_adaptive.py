@@ -85,6 +85,7 @@ def run_sequential(
 
     Raises as `run_campaign` and `sample_faults`.
     """
+    _check_settings(settings)
     sampling, t = dict(sampling or {}), checked_cutoff(t, confidence)
     num_fixed = sample_size(fault_population(params), margin, t)
     population = _num_sites(params, sampling)
@@ -131,6 +132,7 @@ def run_stratified(
 
     Raises as `run_campaign` and `sample_faults`.
     """
+    _check_settings(settings)
     sampling, t = dict(sampling or {}), checked_cutoff(t, confidence)
     num_fixed = sample_size(fault_population(params), margin, t)
     strata, drawers = _layers_and_bits(key, params, sampling, pilot)
@@ -153,6 +155,15 @@ def run_stratified(
     shares = _by_stratum(campaign, np.concatenate(belongs), len(drawers))
     rates = Rates(*stratified_estimates(strata, shares, stages, t))
     return AdaptiveCampaign(campaign, rates, tuple(int(s.sum()) for s in stages), num_fixed)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raises ValueError for sampled pairs: a fault's share is taken to be of all images."""
+    if settings.get("images_per_fault") is not None:
+        raise ValueError(
+            "images_per_fault is not for adaptive campaigns, whose faults see all images: allowed "
+            "is run_campaign with it"
+        )
 
 
 def _layers_and_bits(

@@ -86,13 +86,18 @@ def audited(
     nan: str,
     num_pairs: int,
     key: int,
+    images: np.ndarray | None = None,
 ) -> Audit:
-    """Evaluates `num_pairs` random pairs, distinct, drawn by `key`; outcomes, due: [F, N]."""
+    """Evaluates `num_pairs` random pairs, distinct, drawn by `key`; outcomes, due: [F, N], or
+    [F, m] of these `images` [F, m]."""
     num_pairs = min(num_pairs, outcomes.size)
     generator = np.random.Generator(generator_of(key))
     pairs = np.stack(np.divmod(
         generator.choice(outcomes.size, num_pairs, replace=False), outcomes.shape[1]
     ), axis=1)  # fmt: skip
+    there = outcomes[pairs[:, 0], pairs[:, 1]], due[pairs[:, 0], pairs[:, 1]]
+    if images is not None:
+        pairs[:, 1] = images[pairs[:, 0], pairs[:, 1]]
     batch_size = subject.batches.shape[1]
     number = pairs[:, 1] // batch_size
     found, found_due = np.zeros(num_pairs, np.uint8), np.zeros(num_pairs, bool)
@@ -107,7 +112,6 @@ def audited(
                 place = pairs[here, 1] - batch * batch_size
                 found[here] = np.asarray(verdict.outcome)[place]
                 found_due[here] = np.asarray(verdict.due)[place]
-    there = outcomes[pairs[:, 0], pairs[:, 1]], due[pairs[:, 0], pairs[:, 1]]
     differs = ((found != there[0]) | (found_due != there[1])).astype(float)
     return Audit(pairs, *there, found, found_due, estimate_rate(differs, 1, outcomes.size))
 

@@ -50,6 +50,15 @@ def check_faults(faults: FaultList, params: PyTree, *, empty: bool = False) -> N
         faults.check_injectable(params)
 
 
+def check_images_per_fault(count: int, num_images: int) -> None:
+    """Raises TypeError or ValueError for a number of images that cannot be drawn from N."""
+    if checked_integer("images_per_fault", count, 1) > num_images:
+        raise ValueError(
+            f"images_per_fault {count} is out of range: allowed are integers from 1 to the "
+            f"{num_images} images"
+        )
+
+
 class Inputs(NamedTuple):
     """What a campaign is of, checked, on one device.
 

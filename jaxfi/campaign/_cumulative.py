@@ -25,11 +25,13 @@ from jaxfi.campaign._checks import (
     warn_of_idle_faults,
 )
 from jaxfi.engine._compilation import compiled, own_settings
+from jaxfi.engine._engines import whole_programs
 from jaxfi.engine._golden import network_function
+from jaxfi.engine._kept import kept
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sampling import nth_key, sample_faults
 from jaxfi.faults._transforms import Fault, PyTree, inject
-from jaxfi.network._graph import ApplyFn, digest
+from jaxfi.network._graph import ApplyFn, Network
 from jaxfi.outcomes._outcomes import checked_nan_policy, judge
 
 
@@ -147,10 +149,14 @@ def cumulative_accuracy(
         check_faults(trial, params, empty=True)
     with own_settings(), jax.default_device(device):
         inputs = checked_inputs(apply_fn, params, images, labels, batch_size, device)
-        golden = functools.partial(compiled(network_function(inputs.network)), inputs.params)
+        network, programs = kept(inputs.network)
+        whole, _ = whole_programs(programs, network_function(network))
+        golden = functools.partial(whole, inputs.params)
         check_last_batch(inputs.network, golden, inputs.batches, len(inputs.labels))
         warn_of_idle_faults(inputs.network, np.concatenate([trial.leaf for trial in trials]))
-        count = functools.partial(_counted, _counting_program(inputs, nan), inputs, counts)
+        count = functools.partial(
+            _counted, _counting_program(network, programs, nan), inputs, counts
+        )
         starts = range(0, len(trials), trials_together)
         totals = np.concatenate([count(trials[n : n + trials_together]) for n in starts])
     accuracy, num_non_finite = totals[..., 0] / len(inputs.labels), totals[..., 1].astype(np.int64)
@@ -187,22 +193,10 @@ def count_outputs(
 _add_faults = jax.jit(jax.vmap(inject))
 
 
-def _counting_program(inputs: Inputs, nan: str) -> Callable:
-    """`count_outputs` over faulty networks; in a campaign's arithmetic, which keeps every NaN.
-
-    Networks that compute the same, by their digest, share a program.
-    """
-    key = digest(inputs.network), nan
-    if key not in _PROGRAMS:
-        if len(_PROGRAMS) == _MOST_PROGRAMS:
-            del _PROGRAMS[next(iter(_PROGRAMS))]
-        count = functools.partial(count_outputs, network_function(inputs.network), nan=nan)
-        _PROGRAMS[key] = compiled(jax.vmap(count, in_axes=(0, None, None)))
-    return _PROGRAMS[key]
-
-
-_PROGRAMS: dict[tuple[str, str], Callable] = {}
-_MOST_PROGRAMS = 8
+def _counting_program(network: Network, programs: dict[Any, Any], nan: str) -> Callable:
+    """`count_outputs` over faulty networks; in a campaign's arithmetic, which keeps every NaN."""
+    count = functools.partial(count_outputs, network_function(network), nan=nan)
+    return programs.setdefault(("count", nan), compiled(jax.vmap(count, in_axes=(0, None, None))))
 
 
 def _stack(parts: Sequence[FaultList]) -> Fault:

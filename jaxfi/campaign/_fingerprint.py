@@ -30,10 +30,14 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
     moves bits.
     """
     images = setup.batches.reshape(-1, *setup.batches.shape[2:])[: setup.num_images]
+    labels = setup.labels
+    if setup.order is not None:
+        own = np.argsort(setup.order)
+        images, labels = images[own], labels[own]
     return {
         "params_sha256": _hash(*jax.tree.leaves(setup.params)),
         "images_sha256": _hash(images),
-        "labels_sha256": _hash(setup.labels),
+        "labels_sha256": _hash(labels),
         "network_sha256": digest(setup.network),
         "contraction": "none",  # each operation rounds by itself: jaxfi.network._rounding
         "batch_size": setup.batch_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,10 @@ from jaxfi.outcomes._outcomes import Results
 
 if TYPE_CHECKING:
     from jaxfi.campaign._store import Store
+
+
+Golden = Callable[[np.ndarray], Results]
+"""Fault-free results for the faults at these rows."""
 
 
 class Ledger(Protocol):
@@ -38,7 +42,7 @@ class MemoryLedger:
     """Of a campaign without a directory."""
 
     def __init__(self, golden: Results, activated: np.ndarray):
-        self._results = golden.repeated(len(activated))
+        self._results = golden
         self._unfinished = activated.copy()
 
     def unfinished(self) -> np.ndarray:
@@ -48,7 +52,7 @@ class MemoryLedger:
         yield from blocks
 
     def write(self, rows: np.ndarray, results: Results) -> None:
-        for whole, part in zip(self._results, results, strict=True):
+        for whole, part in zip(self._results[:4], results[:4], strict=True):
             if whole is not None:
                 whole[rows] = part
         self._unfinished[rows] = False
@@ -64,10 +68,10 @@ class DirectoryLedger:
         self._store, self._claims = store, claims
         self._process_index, self._num_processes = process_index, num_processes
 
-    def begin(self, golden: Results, activated: np.ndarray) -> None:
+    def begin(self, golden: Golden, activated: np.ndarray) -> None:
         """Writes the faults that are not activated."""
         for rows in self.unclaimed([np.flatnonzero(~activated)]):
-            self.write(rows, golden.repeated(len(rows)))
+            self.write(rows, golden(rows))
 
     def unfinished(self) -> np.ndarray:
         return ~self._store.finished()
@@ -97,6 +101,7 @@ def open_directory(
     values: tuple[np.ndarray, np.ndarray],
     arrays: Mapping[str, np.ndarray],
     *,
+    num_images: int,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Iterator[DirectoryLedger]:
@@ -104,12 +109,13 @@ def open_directory(
 
     Args:
       fingerprint, faults, values: as in `open_store`.
-      arrays: golden outputs and labels, [N, ...] each, to keep beside the results.
+      arrays: golden outputs and labels, [N, ...] each, to keep beside the results, and of sampled
+        pairs the images, [F, m].
+      num_images: of each fault.
       process_index, num_processes: which process of the job this is, and of how many.
     """
     from jaxfi.campaign._store import open_store  # only directories need its packages
 
-    num_images = len(arrays["labels"])
     with open_store(
         directory, fingerprint, faults, num_images, values=values, process_index=process_index
     ) as store:

@@ -20,7 +20,8 @@ def lines_of(campaign: Campaign) -> list[str]:
     num_faults, num_images = campaign.outcomes.shape
     rates = campaign.rates()
     return [
-        f"Campaign: {num_faults:,} faults x {num_images:,} images",
+        f"Campaign: {num_faults:,} faults x {num_images:,} images"
+        + (f" of {len(campaign.labels):,} each" if campaign.images is not None else ""),
         f"  masked {in_percent(rates.masked)}, not critical {in_percent(rates.non_critical)}, "
         f"critical {in_percent(rates.critical)} %",
         f"  DUE {in_percent(rates.due)} %; accuracy {100 * campaign.clean_accuracy:.2f} % without "

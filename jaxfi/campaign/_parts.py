@@ -12,7 +12,7 @@ import numpy as np
 from jaxfi.data._extras import extra
 from jaxfi.faults import FAULT_MODELS, FaultList
 from jaxfi.faults._layers import LayerOf, layers_of
-from jaxfi.outcomes._outcomes import Estimate, Rates, Results, estimate_rate, per_fault_shares
+from jaxfi.outcomes._outcomes import Estimate, Rates, Results, rate_of
 
 if TYPE_CHECKING:
     import pandas
@@ -87,11 +87,7 @@ def in_percent(estimate: Estimate) -> str:
 
 def whole_rates(results: Results, population: float, t: float) -> Rates:
     """The rates over all faults of `results`."""
-    num_images = results.outcomes.shape[1]
-    return Rates(*(
-        estimate_rate(per_fault_shares(results, rate), num_images, population, t)
-        for rate in Rates._fields
-    ))  # fmt: skip
+    return Rates(*(rate_of(results, rate, population, t) for rate in Rates._fields))
 
 
 def rates_by(

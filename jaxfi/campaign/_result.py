@@ -27,6 +27,7 @@ from jaxfi.outcomes._outcomes import (
     checked_population,
     correct_predictions,
 )
+from jaxfi.outcomes._two_stage import Seen
 
 if TYPE_CHECKING:
     import pandas
@@ -46,6 +47,8 @@ class Campaign:
       provenance: what the result depends on: hashes, precision, batch size, seed, versions.
       pairs_correct: [F, N] bool, the faulty prediction is the label; None where a directory kept
         only the number of such images.
+      images: None where every fault saw every image; else [F, m] int32, the images that each saw.
+        Arrays [F, N] are then [F, m], and the golden outputs of images that no fault saw are NaN.
     """
 
     faults: FaultList
@@ -56,6 +59,7 @@ class Campaign:
     labels: np.ndarray
     provenance: dict[str, Any]
     pairs_correct: np.ndarray | None = None
+    images: np.ndarray | None = None
     _subject: Subject | None = dataclasses.field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -71,12 +75,35 @@ class Campaign:
         """The campaign of the faults at `rows`: a slice, a mask, integers or one integer."""
         rows = np.atleast_1d(np.arange(len(self.faults))[rows])
         faults = dataclasses.replace(self.faults[rows], drawn_from=self.faults.drawn_from)
-        return dataclasses.replace(self, faults=faults, **self.results.of_faults(rows)._asdict())
+        pairs = self.pairs_correct
+        return dataclasses.replace(
+            self,
+            faults=faults,
+            outcomes=self.outcomes[rows],
+            due=self.due[rows],
+            correct=self.correct[rows],
+            pairs_correct=None if pairs is None else pairs[rows],
+            images=None if self.images is None else self.images[rows],
+        )
 
     @property
     def results(self) -> Results:
-        """`outcomes`, `due`, `correct` and `pairs_correct` together."""
-        return Results(self.outcomes, self.due, self.correct, self.pairs_correct)
+        """What the faults did, with the images that they saw where it was not all."""
+        seen = None
+        if self.images is not None:
+            right = correct_predictions(self.golden, self.labels, self.provenance["nan"])
+            right = np.where(self._seen, right, np.int8(-1)).astype(np.int8)
+            seen = Seen(self.images, right, self.faults.leaf)
+        return Results(self.outcomes, self.due, self.correct, self.pairs_correct, seen)
+
+    @property
+    def _seen(self) -> np.ndarray:
+        """[N] bool: images that the fault-free network ran on."""
+        if self.images is None:
+            return np.ones(len(self.labels), bool)
+        seen = ~np.isnan(self.golden).all(axis=1)
+        seen[self.images] = True
+        return seen
 
     @property
     def num_due(self) -> np.ndarray:
@@ -90,12 +117,15 @@ class Campaign:
 
     @property
     def clean_accuracy(self) -> float:
-        """Share of images that the fault-free network predicts correctly."""
-        return accuracy(self.golden, self.labels, self.provenance["nan"])
+        """Share of images that the fault-free network predicts correctly, of those it saw."""
+        seen = self._seen
+        return accuracy(self.golden[seen], self.labels[seen], self.provenance["nan"])
 
     @property
     def faulty_accuracy(self) -> float:
         """Correct faulty predictions / (faults x images)."""
+        if self.images is not None:
+            return self.rates().faulty_accuracy.value
         return float(self.correct.sum() / self.outcomes.size)
 
     @overload
@@ -139,7 +169,8 @@ class Campaign:
           t, confidence: of the intervals: a cut-off of the normal distribution, or such as 0.95;
             default t = 2.58, which the studies take for 99 %.
           by: "layer", "bit", "model" or several of them: a table with a row for each.
-          images: a mask [N], or numbers of images: the rates on those alone.
+          images: a mask [N], or numbers of images: the rates on those alone; of a campaign of all
+            images.
           layer_of: the layer of a leaf's path, where `jaxfi.faults.layer_of` does not say it right.
 
         Returns fractions. `jaxfi.outcomes.estimate_rate` has the source. Raises ValueError for what
@@ -205,10 +236,17 @@ class Campaign:
                 "with the same workdir, which continues where that is"
             )
         nan = self.provenance["nan"]
-        return audited(self._subject, self.faults, self.outcomes, self.due, nan, num_pairs, key)
+        return audited(
+            self._subject, self.faults, self.outcomes, self.due, nan, num_pairs, key, self.images
+        )
 
     def _of_images(self, images: Any) -> Results:
         """The results on these images alone."""
+        if self.images is not None:
+            raise ValueError(
+                f"each fault saw {self.images.shape[1]} images of its own: allowed are rates over "
+                "those, or a campaign without images_per_fault"
+            )
         chosen = np.arange(len(self.labels))[np.asarray(images)]
         if not chosen.size or chosen.ndim != 1:
             raise ValueError(f"images choose {chosen.shape}: allowed are one image or more, [N]")
@@ -239,5 +277,12 @@ def load_campaign(directory: str | os.PathLike) -> Campaign:
     from jaxfi.campaign._store import load  # only directories need its packages
 
     stored = load(directory)
-    golden, labels = stored.arrays["golden"], stored.arrays["labels"]
-    return Campaign(stored.faults, *stored.results[:3], golden, labels, stored.fingerprint)
+    arrays = stored.arrays
+    return Campaign(
+        stored.faults,
+        *stored.results[:3],
+        golden=arrays["golden"],
+        labels=arrays["labels"],
+        provenance=stored.fingerprint,
+        images=arrays.get("images"),
+    )

@@ -18,6 +18,7 @@ from jaxfi.campaign._audit import Subject
 from jaxfi.campaign._checks import (
     check_choices,
     check_faults,
+    check_images_per_fault,
     check_last_batch,
     checked_devices,
     checked_inputs,
@@ -29,6 +30,7 @@ from jaxfi.campaign._checks import (
 from jaxfi.campaign._fingerprint import fingerprint
 from jaxfi.campaign._ledger import Ledger, MemoryLedger, open_directory
 from jaxfi.campaign._result import Campaign
+from jaxfi.campaign._sample import Sample, draw_sample, reordered
 from jaxfi.campaign._workers import (
     Price,
     run_blocks,
@@ -36,10 +38,12 @@ from jaxfi.campaign._workers import (
     split_blocks,
     start_workers,
 )
-from jaxfi.engine._compilation import compiled, own_settings
+from jaxfi.engine._compilation import own_settings
+from jaxfi.engine._engines import whole_programs
 from jaxfi.engine._explain import LeafCost, leaf_costs, plan_text
 from jaxfi.engine._golden import Setup, golden_run, network_function
-from jaxfi.engine._plan import part_of_layer, plan_leaves
+from jaxfi.engine._kept import kept
+from jaxfi.engine._plan import mixes_images, part_of_layer, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._frozen import frozen
@@ -67,12 +71,13 @@ def run_campaign(
     precision: str = "highest",
     memory_budget: int | None = None,
     seed: int = 0,
+    images_per_fault: int | None = None,
     loop_limit: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
     workdir: str | os.PathLike | None = None,
 ) -> Campaign:
-    """Runs every fault on every image.
+    """Runs every fault on every image, or on some drawn for it.
 
     Args:
       apply_fn: pure; maps `params` and images [batch, ...] to outputs [batch, classes].
@@ -86,7 +91,10 @@ def run_campaign(
       batch_size: images per batch. It fixes the shapes, so the last bits: part of the result.
       precision: of matmuls and convolutions: "highest" (float32), "high", "default" (a GPU's TF32).
       memory_budget: bytes of each device; default 70 % of what it reports, or of the machine.
-      seed: of the null faults that check the run.
+      seed: of the null faults that check the run, and of the images that are drawn.
+      images_per_fault: m images are drawn for each fault without replacement, seeded; a rate needs
+        few (docs/sampled.md). The outcomes are then [F, m], those of the same pairs in a campaign
+        of all; `Campaign.images` says which. By default, and of m = N, all images.
       loop_limit: turns after which a loop whose end depends on parameters or images counts as
         endless, a hang: its outputs are NaN, a DUE. Default 100 times what the fault-free network
         takes at most.
@@ -116,26 +124,45 @@ def run_campaign(
         apply_fn, params, batches, labels, network = checked_inputs(
             apply_fn, params, images, labels, batch_size, devices[0]
         )
+        if images_per_fault is not None:
+            check_images_per_fault(images_per_fault, len(labels))
         if has_open_loop(network):
             loop_limit = checked_loop_limit(loop_limit, apply_fn, params, batches)
             apply_fn = with_loop_limit(apply_fn, loop_limit)
             batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
             network = trace_network(apply_fn, params, batch)
+        network, programs = kept(network)
         leaves = np.unique(faults.leaf).tolist() if engine == "fast" else []
         plans = plan_leaves(network, leaves)
         costs = leaf_costs(network, plans.values(), faults.leaf)
-        num_kept = len(labels) * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
+        own_batches, batch_size = batches, batches.shape[1]
+        sample = order = None
+        if images_per_fault is not None and images_per_fault < len(labels):
+            mixes = bool(mixes_images(network, [network.image], []))
+            sample = draw_sample(
+                faults, len(labels), images_per_fault, batch_size, seed, in_order=mixes
+            )
+            order = sample.order
+            batches, labels = reordered(batches, order), labels[order]
+        num_images = len(labels) if sample is None else sample.places.shape[1]
+        num_kept = num_images * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
         memory = checked_memory(memory_budget, devices, num_kept, costs)
         function = network_function(network)
-        golden, speed = golden_run(function, params, batches, len(labels))
-        run = functools.partial(compiled(function), params)
-        last = golden[len(golden) - len(golden) % batches.shape[1] :]
+        numbers = range(len(batches)) if sample is None else sample.batches(batch_size)
+        whole, _ = whole_programs(programs, function)
+        golden, speed = golden_run(whole, params, batches, len(labels), numbers)
+        run = functools.partial(whole, params)
+        last = None
+        if numbers[-1] == len(batches) - 1:
+            last = golden[len(golden) - len(golden) % batch_size :]
         check_last_batch(network, run, batches, len(labels), last)
         warn_of_idle_faults(network, faults.leaf)
         warn_of_non_finite(golden)
-        setup = Setup(network, function, params, batches, labels, golden, nan, memory, plans)
+        setup = Setup(
+            network, function, params, batches, labels, golden, nan, memory, plans, order, programs
+        )
         prices = {leaf: leaf_price(cost) for leaf, cost in zip(leaves, costs, strict=True)}
-        work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices)
+        work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices, sample)
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
@@ -143,9 +170,15 @@ def run_campaign(
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()
-    subject = Subject(network, params, batches, precision)
+        images = work.arrays()
+    subject = Subject(network, params, own_batches, precision)
     return Campaign(
-        faults, *results[:3], golden, labels, provenance, results.pairs_correct, subject
+        faults,
+        *results[:3],
+        provenance=provenance,
+        pairs_correct=results.pairs_correct,
+        **images,
+        _subject=subject,
     )
 
 
@@ -162,6 +195,12 @@ class _Work(NamedTuple):
     seed: int
     devices: Sequence[jax.Device]
     prices: Mapping[int, Price]
+    sample: Sample | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Of each fault."""
+        return self.setup.num_images if self.sample is None else self.sample.places.shape[1]
 
     def blocks(self) -> list[np.ndarray]:
         """Of all faults, not only the unfinished: every process must see the same blocks."""
@@ -171,12 +210,31 @@ class _Work(NamedTuple):
         near = rows[np.argsort(part[rows], kind="stable")]
         return split_blocks(self.faults, near, FAULTS_PER_BLOCK, num_workers, self.prices)
 
-    def masked(self) -> Results:
-        """One fault's, if it changes nothing: golden's own."""
+    def masked(self, rows: np.ndarray) -> Results:
+        """Of faults that change nothing: golden's own."""
         golden, labels = self.setup.golden, self.setup.labels
         verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, self.setup.nan))
-        correct = np.array([verdict.correct.sum()], np.int32)
-        return Results(verdict.outcome[None], verdict.due[None], correct, verdict.correct[None])
+        if self.sample is None:
+            pairs = np.broadcast_to(np.arange(len(labels)), (len(rows), len(labels)))
+        else:
+            pairs = self.sample.places[rows]
+        correct = verdict.correct[pairs]
+        counts = correct.sum(axis=1, dtype=np.int32)
+        return Results(verdict.outcome[pairs], verdict.due[pairs], counts, correct)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is kept beside the outcomes: golden outputs and labels by image, and of sampled
+        pairs the images; the outputs of images that no fault saw are NaN."""
+        golden, labels = self.setup.golden, self.setup.labels
+        if self.sample is None:
+            return {"golden": golden, "labels": labels}
+        seen = np.isin(
+            np.arange(len(labels)) // self.setup.batch_size,
+            self.sample.batches(self.setup.batch_size),
+        )
+        own = np.argsort(self.sample.order)
+        golden = np.where(seen[:, None], golden, np.array(np.nan, golden.dtype))
+        return {"golden": golden[own], "labels": labels[own], "images": self.sample.images}
 
 
 def leaf_price(cost: LeafCost) -> Price:
@@ -191,6 +249,7 @@ def _provenance(work: _Work, precision: str) -> dict[str, Any]:
         "precision": precision,
         "seed": work.seed,
         "num_not_activated": int(np.count_nonzero(~work.activated)),
+        **({} if work.sample is None else {"images_per_fault": work.num_images}),
     }
 
 
@@ -200,18 +259,19 @@ def _open_ledger(
 ) -> Iterator[Ledger]:
     """What is finished; faults that are not activated are from the start, with golden's results."""
     if workdir is None:
-        yield MemoryLedger(work.masked(), work.activated)
+        yield MemoryLedger(work.masked(np.arange(len(work.faults))), work.activated)
         return
     with open_directory(
         workdir,
         provenance,
         work.faults,
         work.faults.values(work.setup.params),
-        {"golden": work.setup.golden, "labels": work.setup.labels},
+        work.arrays(),
+        num_images=work.num_images,
         process_index=jax.process_index(),
         num_processes=jax.process_count(),
     ) as ledger:
-        ledger.begin(work.masked(), work.activated)
+        ledger.begin(work.masked, work.activated)
         yield ledger
 
 
@@ -221,8 +281,9 @@ def _run_unfinished(ledger: Ledger, work: _Work, progress: bool) -> None:
     if not unfinished.any():
         return
     workers = start_workers(work.setup, work.engine, work.devices)
-    run_block = functools.partial(run_checked, faults=work.faults, seed=work.seed)
-    with _bar(int(unfinished.sum()) * work.setup.num_images, progress) as advance:
+    places = None if work.sample is None else work.sample.places
+    run_block = functools.partial(run_checked, faults=work.faults, seed=work.seed, places=places)
+    with _bar(int(unfinished.sum()) * work.num_images, progress) as advance:
         while True:
             blocks = ledger.unclaimed(work.blocks())
             for rows, results in run_blocks(workers, blocks, run_block, advance):

@@ -59,7 +59,7 @@ class StoredCampaign(NamedTuple):
     Attributes:
       fingerprint: as given to `open_store`.
       faults: the fault list.
-      arrays: as given to `Store.keep`: golden outputs, labels.
+      arrays: as given to `Store.keep`: golden outputs, labels, images of sampled pairs.
       results: outcomes [F, N] uint8, due [F, N] bool, correct [F] int32.
     """
 
@@ -102,7 +102,8 @@ class Store:
 
         Raises OSError naming the file that cannot be written; the chunks before are unharmed.
         """
-        rows, results = np.asarray(rows), Results(*map(np.asarray, (outcomes, due, correct)))
+        rows = np.asarray(rows)
+        results = Results(np.asarray(outcomes), np.asarray(due), np.asarray(correct))
         self._check_results(rows, results)
         packed = pack_outcomes(results.outcomes, results.due)
         self._write_chunk(Chunk(rows, packed, results.correct))

@@ -149,9 +149,16 @@ def _as_finished(
 
 
 def run_checked(
-    worker: Worker, rows: np.ndarray, advance: Advance, *, faults: FaultList, seed: int
+    worker: Worker,
+    rows: np.ndarray,
+    advance: Advance,
+    *,
+    faults: FaultList,
+    seed: int,
+    places: np.ndarray | None = None,
 ) -> Results:
-    """Runs a block with null faults among it, at places of its faults, which must all be masked.
+    """Runs a block with null faults among it, at places of its faults, which must all be masked;
+    of sampled pairs, on the images of one of these faults, whose `places` are [F, m].
 
     Raises NotReproducible if one is not.
     """
@@ -159,9 +166,11 @@ def run_checked(
     leaf = int(faults.leaf[0])
     generator = np.random.default_rng([seed, leaf, int(faults.element[0])])
     num_null = 1 + len(faults) // _FAULTS_PER_NULL
-    mixed = faults + faults.nulls(generator.choice(faults.element, num_null))
+    like = generator.choice(len(faults), num_null)
+    mixed = faults + faults.nulls(faults.element[like])
     order = generator.permutation(len(mixed))
-    results = worker.engine(mixed[order], advance)
+    picks = None if places is None else places[np.concatenate([rows, rows[like]])][order]
+    results = worker.engine(mixed[order], advance, picks)
     place = np.argsort(order)
     if np.any(results.outcomes[place[len(faults) :]] != MASKED):
         raise NotReproducible(

@@ -30,7 +30,7 @@ def checked_precision(precision: str) -> str:
 
 def compiled(function: Callable, **options: Any) -> Callable:
     """`jax.jit`, with its `options`, for the default device."""
-    arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if _platform() == "cpu" else {})}
+    arithmetic = {**_OPTIONS, **(_CPU_OPTIONS if platform() == "cpu" else {})}
     return jax.jit(function, compiler_options=arithmetic, **options)
 
 
@@ -67,6 +67,7 @@ def own_settings() -> Iterator[None]:
         yield
 
 
-def _platform() -> str:
+def platform() -> str:
+    """Of the default device."""
     device = getattr(jax.config, "jax_default_device", None)
     return getattr(device, "platform", device) or jax.default_backend()

@@ -25,6 +25,7 @@ from jaxfi.engine._programs import Golden, Programs
 from jaxfi.engine._tally import Tally
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import FAULT_MODELS, Fault, PyTree, inject
+from jaxfi.network._graph import ApplyFn
 from jaxfi.outcomes._outcomes import Results
 
 _NULL = FAULT_MODELS.index("null")
@@ -32,15 +33,21 @@ _LEAST_CHECKED = 256  # images: where the compiler rounds otherwise, most values
 
 
 Advance = Callable[[int], None]  # told how many (fault, image) pairs are done
-Engine = Callable[[FaultList, Advance], Results]
+Engine = Callable[[FaultList, Advance, "np.ndarray | None"], Results]  # picks: see Tally
+
+
+def whole_programs(programs: dict, apply_fn: ApplyFn) -> tuple[Callable, Callable]:
+    """The whole network, and `inject`, among a network's programs."""
+    network = programs.setdefault("network", compiled(apply_fn))
+    return network, programs.setdefault("inject", compiled(inject))
 
 
 def reference_engine(setup: Setup) -> Engine:
     """Plain re-execution: for each fault, inject and run the network on every batch."""
-    network, injected = compiled(setup.apply_fn), compiled(inject)
+    network, injected = whole_programs(setup.programs, setup.apply_fn)
 
-    def run(faults: FaultList, advance: Advance) -> Results:
-        tally = Tally(setup, len(faults))
+    def run(faults: FaultList, advance: Advance, picks: np.ndarray | None = None) -> Results:
+        tally = Tally(setup, len(faults), picks)
         _rerun(network, injected, setup, faults, np.arange(len(faults)), tally, advance)
         return tally.results()
 
@@ -57,18 +64,18 @@ def vmap_engine(setup: Setup, lanes: int = 8) -> Engine:
     def network(params: PyTree, faults: Fault, batch: jax.Array) -> jax.Array:
         return jax.vmap(lambda fault: setup.apply_fn(inject(params, fault), batch))(faults)
 
-    network = compiled(network)
+    network = setup.programs.setdefault(("vmap", lanes), compiled(network))
 
-    def run(faults: FaultList, advance: Advance) -> Results:
-        tally = Tally(setup, len(faults))
+    def run(faults: FaultList, advance: Advance, picks: np.ndarray | None = None) -> Results:
+        tally = Tally(setup, len(faults), picks)
         for start in range(0, len(faults), lanes - 1):
             rows = np.arange(start, min(start + lanes - 1, len(faults)))
             group = faults[rows].padded(lanes).batch()
-            for number, batch in enumerate(setup.batches):
-                outputs = network(setup.params, group, batch)
-                for lane, row in enumerate(rows.tolist()):
-                    tally.add_batch(row, number, outputs[lane], golden=outputs[-1])
-                advance(len(rows) * setup.images_in(number))
+            for number in tally.batches(rows):
+                outputs = network(setup.params, group, setup.batches[number])
+                for lane in tally.with_images_in(rows, number).tolist():
+                    tally.add_batch(rows[lane], number, outputs[lane], golden=outputs[-1])
+                advance(tally.num_pairs(rows, number))
         return tally.results()
 
     return run
@@ -77,10 +84,10 @@ def vmap_engine(setup: Setup, lanes: int = 8) -> Engine:
 def fast_engine(setup: Setup) -> Engine:
     """Columns, channel tail and packed suffix; each leaf's programs are compiled once."""
     programs: dict[int, Programs] = {}
-    shared: dict = {}
+    shared = setup.programs
 
-    def run(faults: FaultList, advance: Advance) -> Results:
-        tally = Tally(setup, len(faults))
+    def run(faults: FaultList, advance: Advance, picks: np.ndarray | None = None) -> Results:
+        tally = Tally(setup, len(faults), picks)
         for leaf in np.unique(faults.leaf):
             rows = np.flatnonzero(faults.leaf == leaf)
             before = next((p for p in programs.values() if p.holds_golden), None)
@@ -108,7 +115,7 @@ ENGINES: dict[str, Callable[[Setup], Engine]] = {
 
 
 def _run_unreached(setup, programs, faults, rows, tally, advance) -> None:
-    advance(len(faults) * setup.num_images)
+    advance(tally.outcome[rows].size)
 
 
 class _MovesBits(Exception):
@@ -136,7 +143,8 @@ def _golden(programs: Programs, setup: Setup, number: int, faults: FaultList) ->
     The suffix gets the images in other places than their own.
     """
     golden = programs.golden(setup, number)
-    if number * setup.batch_size >= _LEAST_CHECKED or number in programs.checked:
+    checked = len(programs.checked) * setup.batch_size
+    if checked >= _LEAST_CHECKED or number in programs.checked:
         return golden
     plan, random = programs.plan, np.random.default_rng(number)
     in_blocks = plan.own is not None or plan.ahead is not None
@@ -191,29 +199,30 @@ def _columns_move_bits(
 
 def _run_whole(setup, programs, faults, rows, tally, advance) -> None:
     """Plain re-execution of the whole network."""
-    network = programs.shared.setdefault("whole", compiled(setup.apply_fn))
-    injected = programs.shared.setdefault("inject", compiled(inject))
+    network, injected = whole_programs(programs.shared, setup.apply_fn)
     _rerun(network, injected, setup, faults, rows, tally, advance)
 
 
 def _rerun(network, injected, setup, faults, rows, tally, advance) -> None:
     for row, position in enumerate(rows.tolist()):
         params = injected(setup.params, faults.fault(row))
-        for number, batch in enumerate(setup.batches):
-            tally.add_batch(position, number, network(params, batch))
-            advance(setup.images_in(number))
+        here = rows[row : row + 1]
+        for number in tally.batches(here):
+            tally.add_batch(position, number, network(params, setup.batches[number]))
+            advance(tally.num_pairs(here, number))
 
 
 def _run_slice(setup, programs, faults, rows, tally, advance) -> None:
     """The suffix alone, one fault at a time."""
     plan, leaves = programs.plan, jax.tree.leaves(setup.params)
-    for number in range(len(setup.batches)):
+    for number in tally.batches(rows):
         golden = programs.golden_rows(_golden(programs, setup, number, faults))
-        for row, fault in zip(rows, _each(faults), strict=True):
+        some = tally.with_images_in(rows, number)
+        for row, fault in zip(rows[some], _each(faults[some]), strict=True):
             faulty = programs.faulty_leaf(leaves[plan.leaf], *fault)
             swapped = [faulty if n == plan.leaf else x for n, x in enumerate(leaves)]
             tally.add_batch(row, number, programs.suffix(swapped, golden, 0))
-            advance(setup.images_in(number))
+            advance(tally.num_pairs(np.array([row]), number))
 
 
 def _each(faults: FaultList) -> Iterator[tuple]:
@@ -224,12 +233,16 @@ def _each(faults: FaultList) -> Iterator[tuple]:
 def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
     plan, leaves = programs.plan, jax.tree.leaves(setup.params)
     packer = Packer(setup, programs, leaves, tally)
-    num_held = programs.batches_held(setup)
-    for first in range(0, len(setup.batches), num_held):
-        held = range(first, min(first + num_held, len(setup.batches)))
+    # Of all pairs, a group of faults goes through all batches that are held; of a sample, the
+    # faults with images in a batch ride together.
+    numbers = tally.batches(rows)
+    num_held = programs.batches_held(setup) if tally.picks is None else 1
+    for first in range(0, len(numbers), num_held):
+        held = numbers[first : first + num_held]
         golden = [_golden(programs, setup, number, faults) for number in held]
-        visible = _visible(programs, setup, faults, golden)
-        for part, group in _groups(faults, rows, programs, visible.sum(axis=0)):
+        some = tally.with_images_in(rows, held[0])
+        visible = _visible(programs, setup, faults[some], golden)
+        for part, group in _groups(faults[some], rows[some], programs, visible.sum(axis=0)):
             seen = np.any(visible[:, part], axis=1).tolist()
             if any(seen):
                 faulty = programs.faulty_columns(leaves[plan.leaf], *group[2:])
@@ -237,7 +250,7 @@ def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
                 if any_seen:
                     work = programs.columns(leaves, values, faulty, group.block, group.channel)
                     packer.submit(group, number, values, *work)
-                advance(group.num_faults * setup.images_in(number))
+                advance(tally.num_pairs(group.rows[: group.num_faults], number))
         packer.drain()
     packer.flush()
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxfi.engine._compilation import compiled
 from jaxfi.engine._plan import LeafPlan
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn, Network, evaluate
@@ -24,11 +23,14 @@ class Setup:
       network, apply_fn: the network as equations, and as every engine computes it.
       params: its fault-free parameters.
       batches: [num_batches, batch_size, ...] images, the last batch padded.
-      labels: [N] int32.
-      golden: [N, classes] fault-free outputs.
+      labels: [N] int32, in the order of the batches.
+      golden: [N, classes] fault-free outputs, in that order; 0 in batches that no fault sees.
       nan: see `jaxfi.outcomes.judge`.
       memory: bytes that golden values and working space may take together.
       plans: how the fast engine runs the faults of each leaf that has any; others need none.
+      order: [N] images in the order of the batches, where faults see some images each; None where
+        each sees all, in their own order.
+      programs: of the network, compiled so far; engines add theirs (`_kept.py`).
     """
 
     network: Network
@@ -40,6 +42,12 @@ class Setup:
     nan: str
     memory: int
     plans: Mapping[int, LeafPlan]
+    order: np.ndarray | None = None
+    programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sampled(self) -> bool:
+        return self.order is not None
 
     @property
     def num_images(self) -> int:
@@ -72,14 +80,21 @@ class GoldenRun(NamedTuple):
 
 
 def golden_run(
-    apply_fn: ApplyFn, params: PyTree, batches: np.ndarray, num_images: int
+    network: Callable,
+    params: PyTree,
+    batches: np.ndarray,
+    num_images: int,
+    numbers: Sequence[int] | None = None,
 ) -> GoldenRun:
-    """Runs the fault-free network on every batch."""
-    network = compiled(apply_fn)
-    outputs, seconds = [], []
-    for batch in batches:
+    """Runs the fault-free network, compiled, on every batch, or on those of these `numbers`: the
+    outputs of others are 0."""
+    outputs: dict[int, np.ndarray] = {}
+    seconds = []
+    for number in range(len(batches)) if numbers is None else numbers:
         start = time.perf_counter()
-        outputs.append(np.asarray(network(params, batch)))
+        outputs[number] = np.asarray(network(params, batches[number]))
         seconds.append(time.perf_counter() - start)
     fastest = min(seconds) / batches.shape[1]
-    return GoldenRun(np.concatenate(outputs)[:num_images], fastest)
+    nothing = np.zeros_like(next(iter(outputs.values())))
+    every = [outputs.get(number, nothing) for number in range(len(batches))]
+    return GoldenRun(np.concatenate(every)[:num_images], fastest)

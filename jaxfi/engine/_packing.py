@@ -86,12 +86,12 @@ class Packer:
             self._fill(int(block), group, number, golden, columns, pairs)
 
     def _survives(self, group: Group, number: int, changed: np.ndarray) -> np.ndarray:
-        images = self._setup.images_in(number)
-        changed[group.rows < 0] = False
-        changed[:, images:] = False
+        wanted = self._tally.wanted(group.rows, number)
+        changed &= wanted
         # A null fault is sent through the suffix on one image per batch, wherever that lands.
         for column in np.flatnonzero(group.null):
-            changed[column, (7919 * group.rows[column]) % images] = True
+            images = np.flatnonzero(wanted[column])
+            changed[column, images[(7919 * group.rows[column]) % len(images)]] = True
         return changed
 
     def _fill(self, block, group, number, golden, columns, pairs) -> None:

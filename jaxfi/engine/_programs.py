@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,13 +63,16 @@ class Programs:
 
     def __init__(self, network: Network, plan: LeafPlan, shared: dict):
         self.network, self.plan, self.shared = network, plan, shared
+        self._alone = copy.copy(self)  # without golden values: programs outlive the campaign
         self.faulty_leaf = self._common(corrupt)
         self._faulty_columns = self._common(_faulty_columns, static_argnames="how")
         self._lit = self._common(_lit, static_argnames="axis")
-        self.columns = compiled(self._columns)
-        self.pack = compiled(self._pack)
+        key = _columns_key(plan)
+        self.columns = shared.setdefault(("columns", key), compiled(self._alone._columns))
+        self.pack = shared.setdefault(("pack", key), compiled(self._alone._pack))
         self._suffix = [self._segment(number) for number in range(len(plan.stops))]
         self._golden: dict[int, Golden] = {}
+        self._earlier: dict[int, dict[core.Var, jax.Array]] = {}  # values to start the prefix from
         self.checked: set[int] = set()  # batches that showed no bit moved
 
     def suffix(self, leaves: list[jax.Array], rows: list[jax.Array], block: int) -> jax.Array:
@@ -82,19 +86,23 @@ class Programs:
         """The prefix on one batch; kept for the leaf's next faults where memory allows it."""
         if number in self._golden:
             return self._golden[number]
-        values = self._run_prefix(setup, {self.network.image: setup.batches[number]})
-        if self.batches_held(setup) == len(setup.batches):
+        image = {self.network.image: setup.batches[number]}
+        values = self._run_prefix(setup, {**image, **self._earlier.pop(number, {})})
+        num_held = self.batches_held(setup)
+        if num_held == len(setup.batches) or setup.sampled:
+            while self._golden and len(self._golden) + len(self._earlier) >= num_held:
+                del self._golden[next(iter(self._golden))]
             self._golden[number] = values
         return values
 
     @property
     def holds_golden(self) -> bool:
         """Whether golden values are kept."""
-        return bool(self._golden)
+        return bool(self._golden or self._earlier)
 
     def forget(self) -> None:
         """Frees the golden values."""
-        self._golden = {}
+        self._golden, self._earlier = {}, {}
 
     def take_over(self, setup: Setup, before: Programs | None) -> None:
         """Goes on from what `before` holds, where both fit in memory, and frees that."""
@@ -105,19 +113,18 @@ class Programs:
         if self.plan.method not in ("columns", "slice"):
             return
         plans = (self.plan, before.plan)
-        size = len(setup.batches) * sum(golden_bytes(self.network, plan) for plan in plans)
+        size = len(held) * sum(golden_bytes(self.network, plan) for plan in plans)
         size += working_bytes(self.network, self.plan)
-        if len(held) < len(setup.batches) or size > setup.memory or self._golden:
+        all_there = setup.sampled or len(held) == len(setup.batches)
+        if not all_there or size > setup.memory or self.holds_golden:
             return
         if self._wanted() == before._wanted():
             self._golden = held
             return
         storable = [is_storable(self.network, var) for var in before.plan.inputs]
-        for number in sorted(held):
-            values = zip(before.plan.inputs, held.pop(number).inputs, storable, strict=True)
-            known = {var: value for var, value, stored in values if stored}
-            image = {self.network.image: setup.batches[number]}
-            self._golden[number] = self._run_prefix(setup, {**image, **known})
+        for number in held:
+            values = zip(before.plan.inputs, held[number].inputs, storable, strict=True)
+            self._earlier[number] = {var: value for var, value, stored in values if stored}
 
     def batches_held(self, setup: Setup) -> int:
         """How many batches' golden values fit in memory together, at least 1."""
@@ -202,9 +209,10 @@ class Programs:
     def _run_prefix(self, setup: Setup, known: dict[core.Var, jax.Array]) -> Golden:
         start = tuple(known)
         key = ("prefix", self._wanted(), start)
+        alone = self._alone
 
         def prefix(leaves: list, values: list) -> Golden:
-            return self._prefix(leaves, dict(zip(start, values, strict=True)))
+            return alone._prefix(leaves, dict(zip(start, values, strict=True)))
 
         program = self.shared.setdefault(key, compiled(prefix))
         return program(jax.tree.leaves(setup.params), list(known.values()))
@@ -313,7 +321,7 @@ class Programs:
 
     def _segment(self, number: int) -> Segment:
         """The suffix up to `plan.stops[number]`, shared with all leaves that run it."""
-        plan, network = self.plan, self.network
+        plan, network, alone = self.plan, self.network, self._alone
         starts = variables(plan.stops[number - 1]) if number else [*plan.whole]
         ahead, stops = None if number else plan.ahead, plan.stops[number]
         known = {*network.leaves, *starts} | ({ahead} if ahead is not None else set())
@@ -328,7 +336,7 @@ class Programs:
             count = len(values) - len(starts)  # before those: what the layer ahead starts from
             known.update(zip(starts, values[count:], strict=True))
             if ahead is not None:
-                known[ahead] = self._layer_ahead(known, values[:count], block)
+                known[ahead] = alone._layer_ahead(known, values[:count], block)
             return evaluate(network, stops, known)
 
         key = ("suffix", tuple(starts), ahead, stops)
@@ -341,6 +349,14 @@ class Programs:
         weights = evaluate(self.network, equation.invars[1:], known)[0]
         weights = block_of(weights, blocks.weight_axis, blocks, block)
         return climb(layer_dot(equation)(of_block[0], weights), *of_block[1:])
+
+
+def _columns_key(plan: LeafPlan) -> tuple:
+    """All of a plan that its columns and packing depend on."""
+    steps = tuple((id(step.equation), step.columns) for step in plan.steps)
+    values = (plan.taken, plan.golden, plan.compared, plan.packed, plan.carried, plan.inputs)
+    layers = (plan.own, plan.ahead, plan.whole, plan.products)
+    return plan.leaf, plan.method, plan.axis, steps, values, layers
 
 
 def _faulty_columns(leaf, block, channel, element, keep, flip, how: tuple) -> jax.Array:

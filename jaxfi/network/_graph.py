@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -43,6 +43,9 @@ _MOVES = {"broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "pad",
 # The order of these sums may depend on what is fused into them.
 _REDUCTIONS = {"reduce_sum", "reduce_prod", "cumsum", "reduce_window_sum", "argmax", "argmin",
                "reduce_precision"}  # fmt: skip
+
+
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,22 +137,43 @@ def digest(network: Network) -> str:
     for equation in network.equations:
         values = [[described(v) for v in side] for side in (equation.invars, equation.outvars)]
         settings = sorted((name, _text(value)) for name, value in equation.params.items())
-        hashed.update(repr((equation.primitive.name, values, settings)).encode())
+        described_so = (equation.primitive.name, values, settings, equation.ctx)
+        hashed.update(repr(described_so).encode())
     for value in network.given.values():
-        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-        hashed.update(np.asarray(jax.random.key_data(value) if is_key else value).tobytes())
+        hashed.update(_bytes(value))
     hashed.update(repr((inputs, described(network.output), [*network.blocks.values()])).encode())
     return hashed.hexdigest()
 
 
+def is_known_by_digest(network: Network) -> bool:
+    """Whether networks of one digest compute the same: a callback is a function, of which only the
+    name is seen."""
+    return not any(
+        _ADDRESS.search(repr(setting))
+        for equation in network.equations
+        for setting in equation.params.values()
+    )
+
+
 def _text(setting: Any) -> str:
     """What an equation's setting says, without addresses; of inner programs what they hold, too."""
-    held = [
-        np.asarray(const).tobytes()
-        for body in (setting if isinstance(setting, tuple) else (setting,))
-        for const in getattr(body, "consts", ())
-    ]
-    return re.sub(" at 0x[0-9a-f]+", "", f"{setting!r} {held}")
+    return _ADDRESS.sub("", f"{setting!r} {[*_constants(setting)]}")
+
+
+def _constants(setting: Any) -> Iterator[bytes]:
+    """What inner programs close over, at any depth."""
+    for body in core.jaxprs_in_params({"": setting}):
+        for equation in body.eqns:
+            yield repr(equation.ctx).encode()
+            for inner in equation.params.values():
+                yield from _constants(inner)
+    for body in setting if isinstance(setting, tuple) else (setting,):
+        yield from (_bytes(const) for const in getattr(body, "consts", ()))
+
+
+def _bytes(value: Any) -> bytes:
+    is_key = jax.dtypes.issubdtype(jax.typeof(value).dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(value) if is_key else value).tobytes()
 
 
 def evaluate(network: Network, wanted: Iterable[Value], known: Mapping[core.Var, Array]) -> list:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxfi.faults import FaultList
 from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._transforms import to_words
+from jaxfi.outcomes._two_stage import Seen, clean_accuracy, parts_of_variance
 
 MASKED, NON_CRITICAL, CRITICAL = 0, 1, 2
 NAN_POLICIES = ("critical", "argmax")
@@ -56,17 +57,20 @@ class Results(NamedTuple):
       due: [F, N] bool, the faulty output holds NaN or Inf.
       correct: [F] int32, images whose faulty prediction is the label.
       pairs_correct: [F, N] bool, those images; None where only their number was kept.
+      seen: of sampled pairs, the images: then arrays are [F, m], not [F, N].
     """
 
     outcomes: np.ndarray
     due: np.ndarray
     correct: np.ndarray
     pairs_correct: np.ndarray | None = None
+    seen: Seen | None = None
 
     def of_faults(self, rows: Any) -> Results:
         """What came of the faults at `rows`: a slice, a mask or [k] integers."""
         pairs = None if self.pairs_correct is None else self.pairs_correct[rows]
-        return Results(self.outcomes[rows], self.due[rows], self.correct[rows], pairs)
+        seen = None if self.seen is None else self.seen.of_faults(rows)
+        return Results(self.outcomes[rows], self.due[rows], self.correct[rows], pairs, seen)
 
     def repeated(self, num_faults: int) -> Results:
         """The one fault's results, for as many faults."""
@@ -199,20 +203,83 @@ def estimate_rate(
     correction = max(1 - num_faults / population, 0.0)
     if correction == 0:
         return Estimate(mean, mean, mean)
-    size = num_faults / min(max(_design_effect(per_fault, t), 1 / num_images), 1.0) / correction
+    effect, _ = _design_effect(per_fault, t)
+    return _wilson(mean, num_faults / min(max(effect, 1 / num_images), 1.0) / correction, t)
+
+
+def _wilson(mean: float, size: float, t: float) -> Estimate:
+    """Wilson's interval of a share of `size` independent trials."""
     center = (mean + t**2 / (2 * size)) / (1 + t**2 / size)
     spread = mean * (1 - mean)
     half = t * math.sqrt(spread / size + t**2 / (4 * size**2)) / (1 + t**2 / size)
     return Estimate(mean, min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean))
 
 
-def _design_effect(per_fault: np.ndarray, t: float) -> float:
-    """D of `estimate_rate`: 1 where each fault does all or nothing, less where they are alike."""
+def _design_effect(per_fault: np.ndarray, t: float) -> tuple[float, float]:
+    """D of `estimate_rate`: 1 where each fault does all or nothing, less where they are alike; and
+    the variance of those that do all or nothing."""
     all_or_nothing = t**2 / 2
     num_faults = len(per_fault) + 2 * all_or_nothing
     mean = (float(np.sum(per_fault)) + all_or_nothing) / num_faults
     variance = (float(np.sum(np.square(per_fault))) + all_or_nothing) / num_faults - mean**2
-    return variance / (mean * (1 - mean))
+    return variance / (mean * (1 - mean)), mean * (1 - mean)
+
+
+def estimate_sampled_rate(values: np.ndarray, seen: Seen, population: float, t: float) -> Estimate:
+    """`estimate_rate` where each fault saw m of N images, with the variance of `_two_stage`.
+
+    Args:
+      values: [F, m] bool, whether the pair counts.
+      seen: its images.
+      population: possible faults.
+      t: cut-off.
+    """
+    per_fault, (num_faults, count) = values.mean(axis=1), values.shape
+    effect, all_or_nothing = _design_effect(per_fault, t)
+    parts = parts_of_variance(values, seen)
+    unseen = (1 - count / len(seen.right)) / count / 4  # of a fault that halves its images
+    within = (num_faults * parts.within + t**2 * unseen) / (num_faults + t**2)
+    correction = max(1 - num_faults / population, 0.0)
+    between = min(max(effect, 1 / count), 1.0) * correction
+    others = (1 - correction) * within + num_faults * parts.shared
+    return _wilson(float(per_fault.mean()), num_faults / (between + others / all_or_nothing), t)
+
+
+def estimate_sampled_difference(
+    values: np.ndarray, per_fault: np.ndarray, seen: Seen, population: float, t: float
+) -> Estimate:
+    """`estimate_difference` where each fault saw m of N images.
+
+    Args:
+      values: [F, m] differences of pairs, -1, 0 or 1.
+      per_fault: [F] their means.
+      seen, population, t: as in `estimate_sampled_rate`.
+    """
+    num_faults, parts = len(per_fault), parts_of_variance(values, seen)
+    correction = max(1 - num_faults / population, 0.0)
+    spread = (float(np.var(per_fault)) * num_faults + 1) / num_faults
+    variance = (correction * spread + (1 - correction) * parts.within) / num_faults + parts.shared
+    mean, half = float(per_fault.mean()), t * math.sqrt(variance)
+    return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0))
+
+
+def rate_of(results: Results, rate: str, population: float, t: float) -> Estimate:
+    """One of `Rates`, of all pairs or of sampled ones."""
+    seen, per_fault = results.seen, per_fault_shares(results, rate)
+    if seen is None:
+        return estimate_rate(per_fault, results.outcomes.shape[1], population, t)
+    if rate != "faulty_accuracy":
+        return estimate_sampled_rate(pairs_that_count(results, rate), seen, population, t)
+    # What faults change, added to what the network gets right without any: that is known of more
+    # images, and has most of the variance.
+    right = (seen.right == 1)[seen.images]
+    gained = pairs_that_count(results, rate) - right.astype(np.int8)
+    change = per_fault - right.mean(axis=1)
+    changed = estimate_sampled_difference(gained, change, seen, population, t)
+    clean, variance = clean_accuracy(seen)
+    half = math.hypot(changed.high - changed.value, t * math.sqrt(variance))
+    value = min(max(clean + changed.value, 0.0), 1.0)
+    return Estimate(value, max(value - half, 0.0), min(value + half, 1.0))
 
 
 def estimate_difference(
@@ -275,7 +342,17 @@ def paired_difference(
         raise ValueError("the campaigns have different fault lists: a paired difference needs one")
     first, second = (per_fault_shares(campaign.results, rate) for campaign in (before, after))
     known = checked_population(population, before.faults)
-    return estimate_difference(first, second, known, t, confidence=confidence)
+    seen, others = before.results.seen, after.results.seen
+    if seen is None and others is None:
+        return estimate_difference(first, second, known, t, confidence=confidence)
+    if seen is None or others is None or not np.array_equal(seen.images, others.images):
+        raise ValueError(
+            "the campaigns saw different images: a paired difference needs the same, as "
+            "images_per_fault and the seed give them"
+        )
+    pairs = [pairs_that_count(one.results, rate).astype(np.int8) for one in (before, after)]
+    t = checked_cutoff(t, confidence)
+    return estimate_sampled_difference(pairs[1] - pairs[0], second - first, seen, known, t)
 
 
 def checked_population(population: int | None, faults: FaultList) -> float:
@@ -290,11 +367,26 @@ def checked_population(population: int | None, faults: FaultList) -> float:
 
 def per_fault_shares(results: Results, rate: str) -> np.ndarray:
     """Share of each fault's images that count towards a rate, [F] float64."""
-    codes = {"masked": MASKED, "non_critical": NON_CRITICAL, "critical": CRITICAL}
-    if rate == "due":
-        return results.due.mean(axis=1)
     if rate == "faulty_accuracy":
         return results.correct / results.outcomes.shape[1]
+    return pairs_that_count(results, rate).mean(axis=1)
+
+
+def pairs_that_count(results: Results, rate: str) -> np.ndarray:
+    """[F, N] bool: the pairs that count towards a rate, [F, m] of sampled ones.
+
+    Where only the number of correct predictions was kept, those of sampled pairs that the
+    fault-free network gets wrong and a fault changes count as wrong.
+    """
+    codes = {"masked": MASKED, "non_critical": NON_CRITICAL, "critical": CRITICAL}
+    if rate == "due":
+        return results.due
+    if rate == "faulty_accuracy":
+        if results.pairs_correct is not None or results.seen is None:
+            assert results.pairs_correct is not None
+            return results.pairs_correct
+        right = (results.seen.right == 1)[results.seen.images]
+        return right & (results.outcomes != CRITICAL)
     if rate not in codes:
         raise ValueError(f"unknown rate {rate!r}: allowed are {', '.join(Rates._fields)}")
-    return shares(results.outcomes, codes[rate])
+    return results.outcomes == codes[rate]

@@ -35,6 +35,7 @@ class TableRow(NamedTuple):
       clean_accuracy: fraction of correct golden predictions.
       rates: outcome shares, DUE share and faulty accuracy, fractions with intervals.
       num_faults, num_images: size of the campaign.
+      drawn_from: images that those of each fault were drawn from; None where they are all.
     """
 
     dataset: str
@@ -47,6 +48,7 @@ class TableRow(NamedTuple):
     rates: Rates
     num_faults: int
     num_images: int
+    drawn_from: int | None = None
 
 
 def table_row(
@@ -71,10 +73,11 @@ def table_row(
       t, confidence: of the intervals, as in `Campaign.rates`.
     """
     num_faults, num_images = campaign.outcomes.shape
+    drawn_from = None if campaign.images is None else len(campaign.labels)
     rates = campaign.rates(population=population, t=t, confidence=confidence)
     return TableRow(
         dataset, model, loss, optimizer, epochs, alpha,
-        campaign.clean_accuracy, rates, num_faults, num_images,
+        campaign.clean_accuracy, rates, num_faults, num_images, drawn_from,
     )  # fmt: skip
 
 
@@ -158,8 +161,15 @@ def _cells(row: TableRow, interval: str, literal: Callable = str) -> list[str]:
 def _below(rows: Sequence[TableRow], difference: Estimate, note: str) -> list[str]:
     first = rows[0]
     value, low, high = (100 * fraction for fraction in difference)
+    size = f"{first.num_faults:,} faults × {first.num_images:,} images"
+    if first.drawn_from is not None:
+        margins = (row.rates.masked.high - row.rates.masked.low for row in rows)
+        size += (
+            f" drawn for each of {first.drawn_from:,} ({first.num_faults * first.num_images:,} "
+            f"pairs, masked within ±{50 * max(margins):.2f} points)"
+        )
     return [
-        f"{first.dataset}, {first.num_faults:,} faults × {first.num_images:,} images, percent.",
+        f"{first.dataset}, {size}, percent.",
         f"Masked, gradient − default, paired: {value:+.2f} [{low:+.2f}, {high:+.2f}] points.",
         f"Images: {note.rstrip('.')}.",
     ]
