@@ -138,7 +138,7 @@ def digest(network: Network) -> str:
         values = [[described(v) for v in side] for side in (equation.invars, equation.outvars)]
         settings = sorted((name, _text(value)) for name, value in equation.params.items())
         described_so = (equation.primitive.name, values, settings, equation.ctx)
-        hashed.update(repr(described_so).encode())
+        hashed.update(_ADDRESS.sub("", repr(described_so)).encode())
     for value in network.given.values():
         hashed.update(_bytes(value))
     hashed.update(repr((inputs, described(network.output), [*network.blocks.values()])).encode())
@@ -164,7 +164,7 @@ def _constants(setting: Any) -> Iterator[bytes]:
     """What inner programs close over, at any depth."""
     for body in core.jaxprs_in_params({"": setting}):
         for equation in body.eqns:
-            yield repr(equation.ctx).encode()
+            yield _ADDRESS.sub("", repr(equation.ctx)).encode()
             for inner in equation.params.values():
                 yield from _constants(inner)
     for body in setting if isinstance(setting, tuple) else (setting,):
