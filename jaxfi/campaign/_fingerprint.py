@@ -42,7 +42,7 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
         "contraction": "none",  # each operation rounds by itself: jaxfi.network._rounding
         "batch_size": setup.batch_size,
         "nan": setup.nan,
-        "jaxfi": metadata.version(DISTRIBUTION),
+        "jaxfi": _own_version(),
         "commit": commit(Path(__file__).parents[1]),
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
@@ -51,6 +51,14 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
         "device": device.device_kind,
         "machine": platform.machine(),
     }
+
+
+def _own_version() -> str | None:
+    """None where jaxfi is not installed, but lies on the path."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
