@@ -211,6 +211,7 @@ def test_golden_nan_in_a_wide_layer_is_exact() -> None:
     np.testing.assert_array_equal(fast.outcomes, reference.outcomes)
 
 
+@pytest.mark.slow
 def test_a_leafs_outcomes_do_not_depend_on_faults_in_others() -> None:
     """Its prefix and suffix are cut elsewhere."""
     apply_fn, params, image_shape = wide_convolutions()
