@@ -52,6 +52,11 @@ def run(config: Config, workdir: Path, *, train_only: bool = False) -> list[tabl
     config.validate()
     check_same_config(config, workdir)
     dataset = load_images(config)
+    num_images = config.num_images or len(dataset.test_images)
+    if config.images_per_fault > num_images:
+        raise ValueError(
+            f"images_per_fault is {config.images_per_fault}; allowed: up to {num_images} images"
+        )
     module = MODELS[config.model](num_classes=dataset.num_classes)
     variables = initialise(module, dataset, config.seed)
     faults = list_faults(config, variables["params"])
@@ -83,11 +88,6 @@ def load_images(config: Config) -> Dataset:
     for name, number in available.items():
         if getattr(config, name) > number:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: up to {number} images")
-    num_images = config.num_images or len(dataset.test_images)
-    if config.images_per_fault > num_images:
-        raise ValueError(
-            f"images_per_fault is {config.images_per_fault}; allowed: up to {num_images} images"
-        )
     if config.num_train_images:
         dataset = dataclasses.replace(
             dataset,

@@ -29,7 +29,7 @@ from jaxfi.faults._list import FaultList, Stratum
 from jaxfi.faults._sampling import fault_population, nth_key, sample_faults, sample_size
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn
-from jaxfi.outcomes._outcomes import Rates, Results, per_fault_shares
+from jaxfi.outcomes._outcomes import Rates, per_fault_shares
 
 
 class AdaptiveCampaign(NamedTuple):
@@ -232,19 +232,13 @@ def _joined(stages: Sequence[Campaign]) -> Campaign:
     """One campaign of the faults of all stages, in their order."""
     first = stages[0]
     idle = sum(campaign.num_not_activated for campaign in stages)
+    pairs = [c.pairs_correct for c in stages if c.pairs_correct is not None]
     return dataclasses.replace(
         first,
         faults=functools.reduce(lambda a, b: a + b, (campaign.faults for campaign in stages)),
-        **_concatenated([campaign.results for campaign in stages])._asdict(),
+        outcomes=np.concatenate([campaign.outcomes for campaign in stages]),
+        due=np.concatenate([campaign.due for campaign in stages]),
+        correct=np.concatenate([campaign.correct for campaign in stages]),
+        pairs_correct=np.concatenate(pairs) if len(pairs) == len(stages) else None,
         provenance={**first.provenance, "num_not_activated": idle},
-    )
-
-
-def _concatenated(results: Sequence[Results]) -> Results:
-    pairs = [part.pairs_correct for part in results if part.pairs_correct is not None]
-    return Results(
-        np.concatenate([part.outcomes for part in results]),
-        np.concatenate([part.due for part in results]),
-        np.concatenate([part.correct for part in results]),
-        np.concatenate(pairs) if len(pairs) == len(results) else None,
     )
