@@ -166,7 +166,8 @@ def run_campaign(
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
-                plan = plan_text(costs, len(labels), len(batches), memory, speed)
+                whole = min(-(-num_images // batch_size) * batch_size, len(labels))
+                plan = plan_text(costs, num_images, len(batches), memory, speed, whole)
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()

@@ -139,13 +139,19 @@ def peak_memory(costs: list[LeafCost], num_batches: int, memory: int) -> int:
 
 
 def plan_text(
-    costs: list[LeafCost], num_images: int, num_batches: int, memory: int, seconds_per_image: float
+    costs: list[LeafCost],
+    num_images: int,
+    num_batches: int,
+    memory: int,
+    seconds_per_image: float,
+    in_batches: int | None = None,
 ) -> str:
     """The costs as a table, one line a leaf that has faults.
 
     Args:
       costs: of `explain`.
-      num_images, num_batches: of the campaign.
+      num_images, num_batches: of the campaign; images are those of each fault.
+      in_batches: images of the batches that hold those of a fault, where they are more.
       memory: bytes for golden values and working space.
       seconds_per_image: of the whole network, as the golden run took.
     """
@@ -155,8 +161,11 @@ def plan_text(
     for cost in costs:
         if not cost.num_faults:
             continue
-        networks = cost.num_columns * cost.columns + cost.num_faults * cost.suffix
-        seconds.append(num_images * networks * seconds_per_image)
+        whole = num_images if in_batches is None else in_batches
+        packed = num_images if cost.method == "columns" else whole
+        networks = whole * cost.num_columns * cost.columns
+        networks += packed * cost.num_faults * cost.suffix
+        seconds.append(networks * seconds_per_image)
         peak = peak_memory([cost], num_batches, memory)
         lines.append(
             f"{cost.path:32} {cost.num_faults:8,} {cost.method:>9} {cost.columns:8.2%} "

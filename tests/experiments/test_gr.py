@@ -105,6 +105,7 @@ BAD_INPUT = {
     "p": (1.0, "0 < p < 1"),
     "num_faults": (10**10, "there are 52027712 fault sites"),
     "num_images": (501, "500"),
+    "images_per_fault": (21, "allowed: up to 20 images"),
     "campaign_batch_size": (0, ">= 1"),
     "memory_budget": (-1, ">= 0"),
     "seed": (-1, ">= 0"),
