@@ -166,8 +166,8 @@ def run_campaign(
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
-                whole = min(-(-num_images // batch_size) * batch_size, len(labels))
-                plan = plan_text(costs, num_images, len(batches), memory, speed, whole)
+                held = min(-(-num_images // batch_size) * batch_size, len(labels))
+                plan = plan_text(costs, num_images, len(batches), memory, speed, held)
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()
