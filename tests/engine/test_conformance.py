@@ -60,7 +60,7 @@ def assert_fast_is_reference(
     assert len(np.unique(reference.outcomes)) > 1  # otherwise the comparison shows little
 
 
-_SLOW = {"vision_transformer", "residual", "residual_projected"}
+_SLOW = {"vision_transformer", "residual", "residual_projected", "wide_convolutions"}
 _TINY = [
     pytest.param(model, id=model.__name__, marks=[pytest.mark.slow] * (model.__name__ in _SLOW))
     for model in conformance_models.TINY

@@ -136,7 +136,9 @@ def initial_variables(name: str):
     return MODELS[name]().init(jax.random.key(1), images())
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet18", "vgg11"])
+@pytest.mark.parametrize(
+    "name", ["lenet", pytest.param("resnet18", marks=pytest.mark.slow), "vgg11"]
+)
 def test_initial_distributions_are_those_of_torch(name):
     torch.manual_seed(1)
     theirs = numpy_state(TORCH_MODELS[name]())

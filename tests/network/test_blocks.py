@@ -182,6 +182,7 @@ def test_network_in_blocks_is_the_users_network(model) -> None:
     np.testing.assert_allclose(blocked, apply_fn(params, x), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_fast_equals_reference_in_double_precision() -> None:
     with jax.enable_x64(True):
         apply_fn, params, _ = traced(wide_layers, jnp.float64)

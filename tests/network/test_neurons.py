@@ -149,7 +149,9 @@ def test_without_faults_no_bit_changes(variables, apply_fn, images):
     np.testing.assert_allclose(jax.jit(faulty)(tree, images), clean, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["fast", "reference", "vmap"])
+@pytest.mark.parametrize(
+    "engine", ["fast", "reference", pytest.param("vmap", marks=pytest.mark.slow)]
+)
 def test_campaign_equals_injection_and_forward_hook(engine, variables, apply_fn, images):
     params = variables["params"]
     neurons = neuron_outputs(apply_fn, params, images, layers="[cf]*")

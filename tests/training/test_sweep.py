@@ -55,7 +55,7 @@ CASES = {
 }
 
 
-_SLOW = {"weight decay", "seeds"}
+_SLOW = {"weight decay", "seeds", "penalty and rate"}
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_matmul_convolution_equals_torch(strides, padding, monkeypatch):
     np.testing.assert_allclose(np.moveaxis(ours, -1, 1), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet20"])
+@pytest.mark.parametrize("name", ["lenet", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_rewritten_network_gives_the_same_and_has_no_convolution(name):
     model, images = MODELS[name](), jnp.ones((2, 32, 32, 3))
     variables = jax.jit(model.init)(jax.random.key(0), images)
