@@ -55,7 +55,7 @@ CASES = {
 }
 
 
-_SLOW = {"weight decay", "seeds", "penalty and rate"}
+_SLOW = {"weight decay", "seeds", "plateau, momentum"}
 
 
 @pytest.mark.parametrize(
