@@ -93,12 +93,22 @@ def layout_of(
     Raises ValueError for an unknown layer or kind; and where `flattened` is None, the network is
     none of jaxfi's, and a dense layer may read a flattened image: that is not guessed.
     """
-    layers = {_split(path)[1] for path in shapes}
+    kernels = _kernels(shapes)
+    convolutions = sorted(layer for layer, shape in kernels.items() if len(shape) > 2)
     for layer, kind in (kinds or {}).items():
-        if kind not in KINDS or layer not in layers:
+        if kind not in KINDS or layer not in convolutions:
             raise ValueError(
-                f"kinds has {layer!r}: {kind!r}: allowed are {' and '.join(KINDS)}, of the layers "
-                f"{', '.join(sorted(layers))}"
+                f"kinds has {layer!r}: {kind!r}: allowed are {' and '.join(KINDS)}, of the "
+                f"convolutions {', '.join(convolutions)}"
+            )
+    for layer, channels in (flattened or {}).items():
+        inputs = kernels.get(layer, ())[:1] if len(kernels.get(layer, ())) == 2 else ()
+        whole = isinstance(channels, (int, np.integer)) and channels >= 1
+        if not inputs or not whole or inputs[0] % channels:
+            dense = (f"{name} ({s[0]} inputs)" for name, s in kernels.items() if len(s) == 2)
+            raise ValueError(
+                f"flattened has {layer!r}: {channels!r}: allowed are dense layers, and channels "
+                f"that divide their inputs: {', '.join(dense)}"
             )
     if flattened is not None:
         return Layout(flattened, kinds or {})
@@ -133,9 +143,10 @@ def _may_be_flattened(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int] 
     outputs explain; and the channels."""
     kernels = _kernels(shapes)
     channels = sorted({shape[-1] for shape in kernels.values() if len(shape) > 2}, reverse=True)
-    outputs = {shape[-1] for shape in kernels.values()}
     for layer, shape in kernels.items():
-        if len(shape) == 2 and shape[0] not in outputs:
+        others = [other for name, other in kernels.items() if name != layer]
+        outputs = {other[-1] for other in others if len(other) == 2}
+        if len(shape) == 2 and shape[0] not in outputs | set(channels):
             fitting = [number for number in channels if shape[0] % number == 0]
             if fitting:
                 return layer, fitting[0]

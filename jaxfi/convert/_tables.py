@@ -146,6 +146,9 @@ def _read_rows(path: Path, columns: tuple[str, ...], parse: Callable) -> Iterato
         try:
             if reader.fieldnames:
                 reader.fieldnames = [_heading(name, columns) for name in reader.fieldnames]
+            twice = [name for name in columns if (reader.fieldnames or []).count(name) > 1]
+            if twice:
+                raise ValueError(f"column {twice[0]} is there twice")
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f"no column {', '.join(missing)} in {reader.fieldnames or []}")

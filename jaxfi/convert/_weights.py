@@ -76,7 +76,7 @@ def from_torch(
             first = ", ".join(sorted(wrong)[:5]) + (", …" if len(wrong) > 5 else "")
             raise ValueError(f"the state {what} {len(wrong)} of {len(names)} names: {first}")
     arrays = [
-        _fit(name, np.asarray(state[name]), path, like, layout) for name, path, like in leaves
+        _fit(name, _array_of(name, state[name]), path, like, layout) for name, path, like in leaves
     ]
     variables = jax.tree.unflatten(jax.tree.structure(variables_like), arrays)
     if check is not None:
@@ -155,6 +155,15 @@ def load_state(path: Path) -> dict[str, np.ndarray]:
     return readers[path.suffix](path)
 
 
+def _array_of(name: str, value: Any) -> np.ndarray:
+    """A state's array or tensor, on the host."""
+    if hasattr(value, "detach"):
+        return _tensor_to_numpy("the state", name, value.detach().cpu())
+    if np.ma.is_masked(value):
+        raise ValueError(f"{name}: masked values have no place here: fill them (np.ma.filled)")
+    return np.asarray(value)
+
+
 def _fit(name: str, array: np.ndarray, path: str, like: Any, layout: Layout) -> jax.Array:
     expected = to_torch_layout(path, np.empty(like.shape, bool), layout).shape
     if array.shape != expected:
@@ -163,8 +172,9 @@ def _fit(name: str, array: np.ndarray, path: str, like: Any, layout: Layout) -> 
             layer = path.rpartition("/")[0].removeprefix("params/")
             also = f"; kinds={{'{layer}': ...}} says that it is a transposed convolution"
         raise ValueError(f"{name} has shape {array.shape}, the network needs {expected}{also}")
-    if not np.can_cast(array.dtype, like.dtype):
-        raise ValueError(f"{name} is {array.dtype}, which does not fit in {like.dtype}")
+    held_as = jax.dtypes.canonicalize_dtype(like.dtype)  # without x64, 32 bits
+    if not np.can_cast(array.dtype, held_as):
+        raise ValueError(f"{name} is {array.dtype}, which does not fit in {held_as}")
     return jnp.asarray(from_torch_layout(path, array, layout), like.dtype)
 
 
@@ -242,7 +252,7 @@ def _read_onnx(path: pathlib.Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _tensor_to_numpy(path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
+def _tensor_to_numpy(path: pathlib.Path | str, name: str, tensor: Any) -> np.ndarray:
     import torch
 
     dtype = str(tensor.dtype).removeprefix("torch.")

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.engine._compilation import compiled
-from jaxfi.engine._golden import Setup
+from jaxfi.engine._golden import LEAST_CHECKED, Setup
 from jaxfi.engine._packing import Group, Packer
-from jaxfi.engine._plan import part_of_layer, slice_plan
+from jaxfi.engine._plan import part_of_layer, slice_plan, undivided
 from jaxfi.engine._programs import Golden, Programs
 from jaxfi.engine._tally import Tally
 from jaxfi.faults._list import FaultList
@@ -29,7 +29,6 @@ from jaxfi.network._graph import ApplyFn
 from jaxfi.outcomes._outcomes import Results
 
 _NULL = FAULT_MODELS.index("null")
-_LEAST_CHECKED = 256  # images: where the compiler rounds otherwise, most values of an image differ
 
 
 Advance = Callable[[int], None]  # told how many (fault, image) pairs are done
@@ -127,52 +126,69 @@ class _MovesBits(Exception):
 
 
 def _less_divided(programs: Programs, found: _MovesBits) -> Programs:
-    """Programs for the same leaf that keep each image in its place, or re-run the network."""
+    """Programs for the same leaf without the blocks of a layer, or that keep each image in its
+    place, or re-run the network."""
     programs.forget()
-    network, leaf, reason = programs.network, programs.plan.leaf, str(found)
-    if programs.plan.method == "columns" and not found.cut:
-        return Programs(network, slice_plan(network, leaf, reason), programs.shared)
-    whole = dataclasses.replace(programs.plan, method="whole", reason=reason)
-    return Programs(network, whole, programs.shared)
+    network, plan, reason = programs.network, programs.plan, str(found)
+    layer = "ahead" if found.cut else "own"
+    if getattr(plan, layer) is not None:
+        plan = undivided(network, plan, layer)
+    elif plan.method == "columns" and not found.cut:
+        plan = slice_plan(network, plan.leaf, reason)
+    else:
+        plan = dataclasses.replace(plan, method="whole", reason=reason)
+    return Programs(network, plan, programs.shared)
 
 
 def _golden(programs: Programs, setup: Setup, number: int, faults: FaultList) -> Golden:
-    """The prefix on one batch. The first batches, `_LEAST_CHECKED` images, show whether prefix,
-    columns and suffix round as the network does: `_MovesBits` is raised if they do not.
-
-    The suffix gets the images in other places than their own.
+    """The prefix on one batch. The first batches, `LEAST_CHECKED` images, show whether prefix,
+    columns and suffix round as the network does: `_MovesBits` is raised if they do not. Of fewer
+    images, others are made for that: `Setup.shuffled`.
     """
     golden = programs.golden(setup, number)
     checked = len(programs.checked) * setup.batch_size
-    if checked >= _LEAST_CHECKED or number in programs.checked:
+    if checked >= LEAST_CHECKED or number in programs.checked:
         return golden
     plan, random = programs.plan, np.random.default_rng(number)
     in_blocks = plan.own is not None or plan.ahead is not None
     if in_blocks and np.isnan(setup.golden).any():
         text = "the golden outputs hold NaN, and which of two NaNs a sum keeps is open"
         raise _MovesBits(text, cut=True)
-    images = np.arange(setup.images_in(number))
-    if not _suffix_gives(programs, setup, golden, number, images):
-        raise _MovesBits("cutting the network moves bits", cut=True)
-    if plan.method == "columns":
-        for _ in range(-(-_LEAST_CHECKED // setup.num_images)):  # of few images, several draws
-            if not _suffix_gives(programs, setup, golden, number, random.permutation(images)):
-                raise _MovesBits("the output for an image depends on its place in the batch")
-            if _columns_move_bits(programs, setup, golden, faults, random):
-                raise _MovesBits("a channel's bits depend on its column")
+    first, count = number * setup.batch_size, setup.images_in(number)
+    _check_bits(programs, setup, golden, setup.golden[first : first + count], faults, random)
+    if not programs.checked:
+        network, _ = whole_programs(setup.programs, setup.apply_fn)
+        for other in setup.shuffled:
+            expected = setup.shuffled_outputs(network, other)
+            if not np.isnan(expected).any():  # see above
+                _check_bits(
+                    programs, setup, programs.golden(setup, other), expected, faults, random
+                )
     programs.checked.add(number)
     return golden
 
 
+def _check_bits(programs, setup, golden, expected, faults, random) -> None:
+    """Raises `_MovesBits` if the parts, put together, give other than the `expected` outputs for
+    the first images of a batch: each in its place, and in a place of another."""
+    images = np.arange(len(expected))
+    if not _suffix_gives(programs, setup, golden, images, expected):
+        raise _MovesBits("cutting the network moves bits", cut=True)
+    if programs.plan.method == "columns":
+        if not _suffix_gives(programs, setup, golden, random.permutation(images), expected):
+            raise _MovesBits("the output for an image depends on its place in the batch")
+        if _columns_move_bits(programs, setup, golden, faults, random):
+            raise _MovesBits("a channel's bits depend on its column")
+
+
 def _suffix_gives(
-    programs: Programs, setup: Setup, golden: Golden, number: int, images: np.ndarray
+    programs: Programs, setup: Setup, golden: Golden, images: np.ndarray, expected: np.ndarray
 ) -> bool:
-    """Whether the suffix gives the golden outputs of these images of a batch, to the bit, from rows
-    that hold them in this order."""
+    """Whether the suffix gives the expected outputs of these images of a batch, to the bit, from
+    rows that hold them in this order."""
     rows = programs.golden_rows(golden, images)
     outputs = np.asarray(programs.suffix(jax.tree.leaves(setup.params), rows, 0))
-    expected = setup.golden[images + number * setup.batch_size]
-    return outputs[: len(images)].tobytes() == expected.tobytes()
+    return outputs[: len(images)].tobytes() == expected[images].tobytes()
 
 
 def _columns_move_bits(
@@ -204,9 +220,9 @@ def _run_whole(setup, programs, faults, rows, tally, advance) -> None:
 
 
 def _rerun(network, injected, setup, faults, rows, tally, advance) -> None:
-    for row, position in enumerate(rows.tolist()):
-        params = injected(setup.params, faults.fault(row))
-        here = rows[row : row + 1]
+    for position, fault in zip(rows.tolist(), _each(faults), strict=True):
+        params = injected(setup.params, fault)
+        here = np.array([position])
         for number in tally.batches(here):
             tally.add_batch(position, number, network(params, setup.batches[number]))
             advance(tally.num_pairs(here, number))
@@ -219,15 +235,15 @@ def _run_slice(setup, programs, faults, rows, tally, advance) -> None:
         golden = programs.golden_rows(_golden(programs, setup, number, faults))
         some = tally.with_images_in(rows, number)
         for row, fault in zip(rows[some], _each(faults[some]), strict=True):
-            faulty = programs.faulty_leaf(leaves[plan.leaf], *fault)
+            faulty = programs.faulty_leaf(leaves[plan.leaf], *fault[1:])
             swapped = [faulty if n == plan.leaf else x for n, x in enumerate(leaves)]
             tally.add_batch(row, number, programs.suffix(swapped, golden, 0))
             advance(tally.num_pairs(np.array([row]), number))
 
 
-def _each(faults: FaultList) -> Iterator[tuple]:
-    batch = jax.tree.map(np.asarray, faults.batch())
-    return zip(batch.element, batch.keep, batch.flip, strict=True)
+def _each(faults: FaultList) -> Iterator[Fault]:
+    """On the host: a device would be asked for each of them."""
+    return map(Fault, *map(np.asarray, faults.batch()))
 
 
 def _run_columns(setup, programs, faults, rows, tally, advance) -> None:

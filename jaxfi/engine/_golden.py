@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ import numpy as np
 from jaxfi.engine._plan import LeafPlan
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn, Network, evaluate
+
+# Images: where the compiler rounds otherwise, most values of an image differ.
+LEAST_CHECKED = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Setup:
     plans: Mapping[int, LeafPlan]
     order: np.ndarray | None = None
     programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _shuffled: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def sampled(self) -> bool:
@@ -60,6 +65,24 @@ class Setup:
     def images_in(self, number: int) -> int:
         """Images of a batch that are not padding."""
         return min(self.batch_size, self.num_images - number * self.batch_size)
+
+    @property
+    def shuffled(self) -> range:
+        """Numbers below 0: of further batches where there are few images, to check programs on."""
+        return range(-1, -math.ceil(LEAST_CHECKED / self.num_images), -1)
+
+    def batch(self, number: int) -> np.ndarray:
+        """Images [batch_size, ...]; in a shuffled batch they share out the first one's values."""
+        if number >= 0:
+            return self.batches[number]
+        values = np.random.default_rng(-number).permutation(self.batches[0].reshape(-1))
+        return values.reshape(self.batches[0].shape)
+
+    def shuffled_outputs(self, network: Callable, number: int) -> np.ndarray:
+        """What the network, compiled, gives for a shuffled batch."""
+        if number not in self._shuffled:
+            self._shuffled[number] = np.asarray(network(self.params, self.batch(number)))
+        return self._shuffled[number]
 
 
 def network_function(network: Network) -> ApplyFn:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxfi.engine._golden import Setup
-from jaxfi.engine._programs import Golden, Pick, Programs
+from jaxfi.engine._programs import Golden, Programs
 from jaxfi.engine._tally import Tally
 
 
@@ -60,6 +60,8 @@ class Packer:
 
     def submit(self, *work) -> None:
         """Queues one group on one batch: the host looks at it while the device runs the next."""
+        *_, changed, _ = work
+        changed.copy_to_host_async()
         self._waiting.append(work)
         if len(self._waiting) > 1:
             self._pack(*self._waiting.pop(0))
@@ -103,9 +105,8 @@ class Packer:
             bin = self._bins[block]
             count = min(size - bin.filled, len(column) - done)
             here, there = slice(bin.filled, bin.filled + count), slice(done, done + count)
-            pick = Pick(*(np.zeros(size, t) for t in (np.int32, np.int32, np.int32, bool)))
-            pick.column[here], pick.image[here] = column[there], image[there]
-            pick.channel[here], pick.fresh[here] = channel[there], True
+            pick = np.zeros((4, size), np.int32)  # see `Pick`
+            pick[:, here] = column[there], image[there], channel[there], np.ones(count)
             bin.values = self._programs.pack(bin.values, golden, columns, pick, block)
             bin.row[here] = group.rows[column[there]]
             bin.image[here] = image[there] + number * size

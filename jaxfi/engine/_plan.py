@@ -211,6 +211,19 @@ def slice_plan(network: Network, leaf: int, reason: str) -> LeafPlan:
     return dataclasses.replace(plan, stops=((network.output,),))
 
 
+def undivided(network: Network, plan: LeafPlan, layer: str) -> LeafPlan:
+    """The plan without blocks of its "own" layer, or of the one "ahead"."""
+    own, ahead = (None if name == layer else getattr(plan, name) for name in ("own", "ahead"))
+    plan = dataclasses.replace(
+        plan,
+        own=own,
+        ahead=ahead,
+        whole=_rows(network, plan.suffix_inputs, ahead),
+        products=tuple(var for var in (own, ahead) if var is not None),
+    )
+    return dataclasses.replace(plan, stops=_Cuts(network, [plan]).behind(plan))
+
+
 def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
     source = network.leaves[leaf]
     columns = _Columns(network, source, axis)

@@ -39,12 +39,13 @@ class Golden(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """What goes into each of B rows: column and image of a pair, its channel, and whether new."""
+    """What goes into each of B rows: column and image of a pair, its channel, and whether new. The
+    host sends it as one array [4, B] of integers."""
 
-    column: np.ndarray
-    image: np.ndarray
-    channel: np.ndarray
-    fresh: np.ndarray
+    column: jax.Array
+    image: jax.Array
+    channel: jax.Array
+    fresh: jax.Array
 
 
 class Segment(NamedTuple):
@@ -86,12 +87,13 @@ class Programs:
         """The prefix on one batch; kept for the leaf's next faults where memory allows it."""
         if number in self._golden:
             return self._golden[number]
-        image = {self.network.image: setup.batches[number]}
-        values = self._run_prefix(setup, {**image, **self._earlier.pop(number, {})})
-        num_held = self.batches_held(setup)
-        if num_held == len(setup.batches) or setup.sampled:
+        start: dict[core.Var, Any] = {self.network.image: setup.batch(number)}
+        values = self._run_prefix(setup, start | self._earlier.pop(number, {}))
+        num_held, num_all = self._num_held(setup), len(setup.batches) + len(setup.shuffled)
+        if setup.sampled:
             while self._golden and len(self._golden) + len(self._earlier) >= num_held:
                 del self._golden[next(iter(self._golden))]
+        if setup.sampled or num_held >= (len(setup.batches) if number >= 0 else num_all):
             self._golden[number] = values
         return values
 
@@ -115,7 +117,7 @@ class Programs:
         plans = (self.plan, before.plan)
         size = len(held) * sum(golden_bytes(self.network, plan) for plan in plans)
         size += working_bytes(self.network, self.plan)
-        all_there = setup.sampled or len(held) == len(setup.batches)
+        all_there = setup.sampled or all(number in held for number in range(len(setup.batches)))
         if not all_there or size > setup.memory or self.holds_golden:
             return
         if self._wanted() == before._wanted():
@@ -128,9 +130,14 @@ class Programs:
 
     def batches_held(self, setup: Setup) -> int:
         """How many batches' golden values fit in memory together, at least 1."""
+        return min(self._num_held(setup), len(setup.batches))
+
+    def _num_held(self, setup: Setup) -> int:
+        """As many, those of shuffled batches among them."""
         golden = golden_bytes(self.network, self.plan)
         working = working_bytes(self.network, self.plan)
-        return num_held(setup.memory, golden, working, len(setup.batches))
+        num_all = len(setup.batches) + len(setup.shuffled)
+        return num_held(setup.memory, golden, working, num_all)
 
     def golden_rows(self, golden: Golden, images: np.ndarray | None = None) -> list[jax.Array]:
         """A batch of rows for the suffix in which nothing is faulty; of block 0.
@@ -281,8 +288,9 @@ class Programs:
         differs = self._by_fault(_bits_differ(faulty, golden), var)
         return jnp.any(differs, axis=tuple(range(2, differs.ndim)))
 
-    def _pack(self, rows: list, golden: Golden, columns: list, pick: Any, block) -> list:
-        """`rows` with those that `pick` names replaced by pairs of this batch."""
+    def _pack(self, rows: list, golden: Golden, columns: list, picked: jax.Array, block) -> list:
+        """`rows` with those that `picked`, a `Pick`, names replaced by pairs of this batch."""
+        pick = Pick(*picked)
         given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
         new, axes = [], []
         if self.plan.ahead is not None:
@@ -297,11 +305,11 @@ class Programs:
                 row = self._replace_channel(row, faulty, pick.channel, var)
             new.append(row)
         return [
-            jnp.where(_along(pick.fresh, axis, row.ndim), row, old)
+            jnp.where(_along(pick.fresh > 0, axis, row.ndim), row, old)
             for row, old, axis in zip(new, rows, axes, strict=True)
         ]
 
-    def _block_rows(self, golden: Golden, columns: jax.Array, pick: Any, block) -> list:
+    def _block_rows(self, golden: Golden, columns: jax.Array, pick: Pick, block) -> list:
         """Of the blocked layer ahead: the inputs of its one faulty block, and the siblings."""
         assert self.plan.ahead is not None
         product = self._product(golden, self.plan.ahead)

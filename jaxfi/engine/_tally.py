@@ -9,6 +9,8 @@ import numpy as np
 from jaxfi.engine._golden import Setup
 from jaxfi.outcomes._outcomes import MASKED, Results, judge
 
+_AHEAD = 8  # batches of verdicts that the device may be ahead of the host
+
 
 class Tally:
     """Collects verdicts; a pair that is never added is golden, so masked.
@@ -21,12 +23,11 @@ class Tally:
         self._golden = jnp.asarray(setup.golden)
         self._labels = jnp.asarray(setup.labels)
         self._setup = setup
-        self._judge = _JUDGES[setup.nan]
-        golden = self._judge(self._golden, self._golden, self._labels)
+        everything = np.arange(setup.num_images)
+        golden = _judged(self._golden, self._labels, self._golden, everything, None, nan=setup.nan)
         self.picks = picks
         shape = (num_faults, setup.num_images) if picks is None else picks.shape
-        self._golden_due = np.asarray(golden.due)
-        self._golden_correct = np.asarray(golden.correct)
+        _, self._golden_due, self._golden_correct = _unpacked(np.asarray(golden))
         if picks is not None:
             self._batches = picks // setup.batch_size  # [F, m]
             keys = (np.arange(num_faults)[:, None] * setup.num_images + picks).ravel()
@@ -73,24 +74,25 @@ class Tally:
         return wanted
 
     def add_batch(self, row: int, number: int, outputs: jax.Array, golden: jax.Array | None = None):
-        """Outputs [batch, classes] of one fault on one whole batch."""
-        count = self._setup.images_in(number)
-        images = np.arange(count) + number * self._setup.batch_size
-        golden = jnp.asarray(self._setup.golden[images]) if golden is None else golden[:count]
-        verdict = jax.tree.map(
-            np.asarray, self._judge(golden, outputs[:count], self._labels[images])
-        )
-        if self.picks is not None:
-            images = self.picks[row][self._batches[row] == number]
-            place = images - number * self._setup.batch_size
-            verdict = jax.tree.map(lambda array: array[place], verdict)
-        self._record(np.full(len(images), row), images, verdict)
+        """Outputs [batch, classes] of one fault on one whole batch; `golden` ones of the same
+        program, where that is not the network's."""
+        size = self._setup.batch_size
+        images = np.minimum(np.arange(size) + number * size, self._setup.num_images - 1)
+        wanted = self.wanted(np.array([row]), number)[0]
+        self.add_rows(np.where(wanted, row, -1), images, outputs, golden)
 
-    def add_rows(self, rows: np.ndarray, images: np.ndarray, outputs: jax.Array) -> None:
-        """Outputs [batch, classes] of packed rows; a row of -1 is padding."""
-        verdict = _judge_rows(self._golden, self._labels, outputs, images, nan=self._setup.nan)
+    def add_rows(
+        self,
+        rows: np.ndarray,
+        images: np.ndarray,
+        outputs: jax.Array,
+        golden: jax.Array | None = None,
+    ) -> None:
+        """Outputs [batch, classes] of faults and images; a row of -1 is padding."""
+        verdict = _judged(self._golden, self._labels, outputs, images, golden, nan=self._setup.nan)
+        verdict.copy_to_host_async()
         self._waiting.append((rows, images, verdict))
-        if len(self._waiting) > 4:  # let the device run ahead of the host
+        if len(self._waiting) > _AHEAD:
             self._settle(self._waiting.pop(0))
 
     def results(self) -> Results:
@@ -102,26 +104,29 @@ class Tally:
     def _settle(self, waiting: tuple) -> None:
         rows, images, verdict = waiting
         real = rows >= 0
-        verdict = jax.tree.map(lambda array: np.asarray(array)[real], verdict)
-        self._record(rows[real], images[real], verdict)
-
-    def _record(self, rows: np.ndarray, images: np.ndarray, verdict) -> None:
+        rows, images, verdict = rows[real], images[real], np.asarray(verdict)[real]
         if self.picks is not None:
             found = np.searchsorted(self._keys, rows * self._setup.num_images + images)
             images = self._order[found] % self.picks.shape[1]
-        self.outcome[rows, images] = verdict.outcome
-        self.due[rows, images] = verdict.due
-        self.correct[rows, images] = verdict.correct
+        for kept, found in zip(
+            (self.outcome, self.due, self.correct), _unpacked(verdict), strict=True
+        ):
+            kept[rows, images] = found
 
 
-_JUDGES = {
-    nan: jax.jit(lambda golden, faulty, labels, nan=nan: judge(golden, faulty, labels, nan))
-    for nan in ("critical", "argmax")
-}
+def _judge(golden, labels, outputs, images, own_golden, *, nan):
+    """Outcome, DUE and correctness in one byte: the host fetches them together."""
+    golden = golden[images] if own_golden is None else own_golden
+    verdict = judge(golden, outputs, labels[images], nan)
+    return (
+        verdict.outcome
+        | verdict.due.astype(jnp.uint8) << 2
+        | verdict.correct.astype(jnp.uint8) << 3
+    )
 
 
-def _gather_and_judge(golden, labels, outputs, images, *, nan):
-    return judge(golden[images], outputs, labels[images], nan)
+def _unpacked(verdict: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return verdict & 3, (verdict & 4) > 0, (verdict & 8) > 0
 
 
-_judge_rows = jax.jit(_gather_and_judge, static_argnames="nan")
+_judged = jax.jit(_judge, static_argnames="nan")

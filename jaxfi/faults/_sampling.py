@@ -169,6 +169,11 @@ def _selected_leaves(
     for leaf, (path, dtype) in enumerate(zip(empty.paths, empty.dtypes, strict=True)):
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
             leaves.append((leaf, _allowed_bits(path, dtype, model, bits)))
+    for pattern in patterns:
+        if leaves and not any(fnmatch.fnmatchcase(path, pattern) for path in empty.paths):
+            raise ValueError(
+                f"no leaf matches {pattern!r}: the leaves are {', '.join(empty.paths)}"
+            )
     if not leaves:
         raise ValueError(f"no leaf matches {patterns}: the leaves are {', '.join(empty.paths)}")
     return empty, leaves

@@ -121,4 +121,9 @@ def checked_value(value: float | None, model: str, dtype: str) -> float:
         if not (float(value).is_integer() and int(limits.min) <= value <= int(limits.max)):
             allowed = f"integers from {limits.min} to {limits.max}"
             raise ValueError(f"value {value} does not fit {dtype}: allowed are {allowed}")
+        if int(float(value)) != int(value):
+            raise ValueError(
+                f"value {value} is no float64, which a fault's value is: allowed are integers that "
+                f"are, such as {int(float(value))}"
+            )
     return float(value)

@@ -170,6 +170,7 @@ def corrupt(
     element = jnp.asarray(element)
     keep, flip = (jnp.asarray(mask).astype(word_dtype(array.dtype)) for mask in (keep, flip))
     if element.ndim:
+        element = jnp.where(element < 0, element + array.size, element)  # as Python counts
         element, keep, flip = _composed(element, keep, flip, array.size)
     return corrupt_distinct(array, element, keep, flip, hit_gradient)
 

@@ -43,7 +43,7 @@ def call_parameter(equation: core.JaxprEqn) -> str | None:
     A plain call (of a jitted function, of one with its own derivative, of a checkpointed one) runs
     its body once, on the equation's operands, and gives the body's results.
     """
-    for name in ("jaxpr", "call_jaxpr"):
+    for name in ("jaxpr", "call_jaxpr", "call"):
         body = equation.params.get(name)
         if isinstance(body, Body) and equation.primitive.name != "scan":
             inner = getattr(body, "jaxpr", body)

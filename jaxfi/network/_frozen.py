@@ -86,6 +86,8 @@ def _trace(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> c
         traced = jax.make_jaxpr(arrays)(params, images)
     if others:
         raise TypeError(f"apply_fn returned something of type {others[0]}: {_ALLOWED}")
+    for name, what, allowed in _unknown(traced.jaxpr):
+        raise ValueError(f"apply_fn holds a {name}, {what}: allowed are {allowed}")
     for name, num_devices in _spread(traced.jaxpr):
         raise ValueError(
             f"apply_fn holds a {name} over {num_devices} devices: allowed are networks that run on "
@@ -103,6 +105,20 @@ def _leaves(outputs: Any) -> list:
         fields = [getattr(leaves[0], field.name) for field in dataclasses.fields(leaves[0])]
         return jax.tree.leaves(fields)
     return leaves
+
+
+def _unknown(jaxpr: core.Jaxpr) -> Iterator[tuple[str, str, str]]:
+    """Operations that are more than a function of their operands, at any depth: what, what it does,
+    and what is allowed."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        values = (*equation.invars, *equation.outvars)
+        if any("Ref" in type(value.aval).__name__ for value in values):
+            yield name, "which reads or writes a mutable array", "functions without jax.new_ref"
+        if name == "shard_map":
+            yield name, "which divides a batch by devices", "networks that run on one, without it"
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from _unknown(inner)
 
 
 def _spread(jaxpr: core.Jaxpr) -> Iterator[tuple[str, int]]:

@@ -34,7 +34,8 @@ UNKNOWN = -1  # depends on the images, but no axis is known to be theirs
 COUPLED = -2  # depends on the images, and no axis can be theirs: it mixes a batch's images
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call",
-          "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}  # fmt: skip
+          "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin", "custom_vmap_call"}  # fmt: skip
+_BODY_NAMES = ("jaxpr", "call_jaxpr", "call")
 _OWN_DERIVATIVES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _NONE: frozenset[bool] = frozenset()
 # These move values and round nothing.
@@ -290,7 +291,7 @@ def _run_inlined(
     known = dict(zip(jaxpr.invars, sources, strict=True)) if sources else {}
     for equation in jaxpr.eqns:
         operands = [read(env, value) for value in equation.invars]
-        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        inner = next((equation.params[n] for n in _BODY_NAMES if n in equation.params), None)
         of_operands = [
             _NONE if isinstance(v, core.Literal) else known.get(v, _NONE) for v in equation.invars
         ]

@@ -93,6 +93,11 @@ def _is_open(equation: core.JaxprEqn, operands: Sequence[Sources]) -> bool:
         (test,) = through(equation.params["cond_jaxpr"], inner["cond_jaxpr"])
         if test:
             return True
+    if not inner and any(operands) and any(map(_loops, core.jaxprs_in_params(equation.params))):
+        raise ValueError(
+            f"apply_fn holds a {equation.primitive.name} with a loop inside, which a fault could "
+            "keep from ending and no limit reaches: allowed are loops outside of it"
+        )
     for name, inputs in inner.items():
         bodies = equation.params[name]
         for body in bodies if isinstance(bodies, tuple) else (bodies,):
@@ -101,6 +106,14 @@ def _is_open(equation: core.JaxprEqn, operands: Sequence[Sources]) -> bool:
             if any(_is_open(e, sources_of(e.invars, known)) for e in within.eqns):
                 return True
     return False
+
+
+def _loops(jaxpr: core.Jaxpr) -> bool:
+    """Whether a while loop is inside, at any depth."""
+    return any(
+        e.primitive.name == "while" or any(map(_loops, core.jaxprs_in_params(e.params)))
+        for e in jaxpr.eqns
+    )
 
 
 def _through(body: Body, inputs: Sequence, sources: Sequence[Sources], limit: int) -> _Ran:

@@ -118,13 +118,15 @@ def _quantize_leaf(leaf: jax.Array, axis: int, most: int) -> tuple[jax.Array, An
     # The dtype's smallest number at least: a narrow one may have none as small as the scale.
     least = float(jnp.finfo(leaf.dtype).tiny)
     scale = jnp.where(largest > 0, jnp.maximum(largest / most, least), 1).astype(leaf.dtype)
+    below = jnp.nextafter(scale, jnp.zeros_like(scale))
+    scale = jnp.where(jnp.isfinite(scale * most), scale, below)  # rounded up, it may overflow
     words = jnp.clip(jnp.round(wide / scale.astype(wide.dtype)), -most, most)
     return words.astype(jnp.int8), scale
 
 
 def _dequantize_leaf(words: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
-    if words.dtype != jnp.int8:
-        return words
+    if words.dtype != jnp.int8 or not jnp.issubdtype(scale.dtype, jnp.floating):
+        return words  # of a leaf that was not quantized
     if bits < 8:  # the lower half of the byte, with its sign
         words = jnp.right_shift(jnp.left_shift(words, 8 - bits), 8 - bits)
     return words.astype(scale.dtype) * scale

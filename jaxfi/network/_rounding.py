@@ -30,7 +30,7 @@ from jaxfi.network._equations import (
     read,
     variables,
 )
-from jaxfi.network._rules import dtype_of, shape_of
+from jaxfi.network._rules import dtype_of
 
 _ADD = {"add", "sub", "add_any"}
 # What rounds, or computes what another operation might be put together with.
@@ -69,10 +69,28 @@ def _nothing(words: jax.Array) -> jax.Array:
 
 
 def _divided(x: jax.Array, y: jax.Array) -> list[jax.Array]:
-    """x / y: of a y that depends on x, the compiler does not take the reciprocal."""
-    x = jnp.asarray(x)
-    words = _words(jnp.broadcast_to(y, x.shape)) | _nothing(_words(x))
+    """x / y: of a y that is another one in each place, the compiler does not take the reciprocal;
+    x may be a constant, and y be broadcast."""
+    x, y = jnp.broadcast_arrays(x, y)  # either may be a scalar
+    places = lax.iota(_words(y).dtype, y.size).reshape(y.shape)
+    words = _words(y) | _nothing(_words(x) + _words(y) + places)
     return [lax.div(x, lax.bitcast_convert_type(words, x.dtype))]
+
+
+def _no_constants(operands: list) -> list:
+    """The operands of a matmul, none of them a constant to the compiler, which would take the
+    product of two values joined, with a constant, apart into two."""
+    given = [isinstance(operand, jax.core.Tracer) for operand in operands]
+    dtypes = [jnp.dtype(operand.dtype) for operand in operands]
+    if all(given) or not any(given) or not all(map(_is_real, dtypes)):
+        return operands
+    zero = _nothing(_words(operands[given.index(True)].ravel()[0]))
+    return [
+        operand
+        if traced
+        else lax.bitcast_convert_type(_words(operand) | zero.astype(_words(operand).dtype), dtype)
+        for operand, traced, dtype in zip(operands, given, dtypes, strict=True)
+    ]
 
 
 def to_be_rounded(
@@ -106,8 +124,9 @@ def bind_rounded(equation: core.JaxprEqn, operands: list) -> list:
     if has_bodies(equation):
         return bind_bodies(equation, operands, _run_body)
     if equation.primitive.name == "div" and _has_words(equation.outvars[0], np.floating):
-        x, y = operands
-        return _divided(x, y) if shape_of(equation.invars[0]) else bind(equation, operands)
+        return _divided(*operands)
+    if equation.primitive.name in MATMULS:
+        operands = _no_constants(operands)
     return bind(equation, operands)
 
 
@@ -126,3 +145,7 @@ def _has_words(var: core.Var, kind: type = np.inexact) -> bool:
     if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return False
     return jnp.issubdtype(dtype, kind) and jnp.finfo(dtype).bits >= 8
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, np.floating) and jnp.finfo(dtype).bits >= 8

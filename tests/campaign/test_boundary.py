@@ -330,3 +330,50 @@ def test_what_is_no_argument_is_named(changed, message) -> None:
 def test_an_array_without_masked_values_is_an_array(expected) -> None:
     found = run(images=np.ma.masked_array(IMAGES))
     np.testing.assert_array_equal(found.outcomes, expected)
+
+
+# More than a function
+
+
+def with_a_ref(p, x):
+    ref = jax.new_ref(x @ p["a"])
+    ref[...] = jnp.maximum(ref[...], 0)
+    return ref[...] @ p["b"]
+
+
+def with_a_mesh(p, x):
+    mesh, spec = jax.make_mesh((1,), ("i",)), PartitionSpec()
+    both = lambda a, x: jnp.maximum(x @ a, 0)  # noqa: E731
+    return jax.shard_map(both, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(p["a"], x) @ p["b"]
+
+
+def with_a_solver(p, x):
+    matvec = lambda v: v + 0.1 * (v @ (p["b"] @ p["b"].T))  # noqa: E731
+    return jax.scipy.sparse.linalg.cg(matvec, jnp.maximum(x @ p["a"], 0))[0] @ p["b"]
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (with_a_ref, "which reads or writes a mutable array: allowed are functions without"),
+        (with_a_mesh, "shard_map, which divides a batch by devices: allowed are networks"),
+        (with_a_solver, "with a loop inside, which a fault could keep from ending"),
+    ],
+)
+def test_more_than_a_function_is_named(function, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(function)
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_a_function_with_its_own_vmap_is_what_it_calls(engine, expected) -> None:
+    @jax.custom_batching.custom_vmap
+    def layer(a, x):
+        return jnp.maximum(x @ a, 0)
+
+    @layer.def_vmap
+    def _(axis_size, in_batched, a, x):
+        raise AssertionError("a campaign of the network's own batches needs no other")
+
+    found = run(lambda p, x: layer(p["a"], x) @ p["b"], engine=engine)
+    np.testing.assert_array_equal(found.outcomes, expected)

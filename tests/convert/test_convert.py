@@ -83,7 +83,7 @@ def test_another_networks_flattened_layer_is_named_by_its_user():
     np.testing.assert_array_equal(variables["params"]["head"]["kernel"][:, 0], expected)
     back = to_torch(variables, flattened={"head": 3})
     np.testing.assert_array_equal(back["head.weight"], state["head.weight"])
-    with pytest.raises(ValueError, match="12 inputs, not a multiple of 5 channels"):
+    with pytest.raises(ValueError, match=r"5: .* that divide their inputs: head \(12 inputs\)"):
         to_torch(variables, flattened={"head": 5})
 
 
@@ -333,6 +333,9 @@ def test_first_row_that_does_not_fit_is_named(row, message, tmp_path):
 def test_fault_list_errors(tmp_path):
     path = write(tmp_path / "a.csv", header="Injection,Layer,Bit")
     with pytest.raises(ValueError, match=r"a\.csv: line 1: no column TensorIndex in"):
+        read_fault_list(path, LENET)
+    path = write(tmp_path / "d.csv", header="Injection,Layer,TensorIndex,Bit,Layer")
+    with pytest.raises(ValueError, match=r"d\.csv: line 1: column Layer is there twice"):
         read_fault_list(path, LENET)
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"b\.csv: line 1: no column Injection"):

@@ -164,7 +164,7 @@ def test_a_transposed_convolution_that_is_not_named_is_found_by_its_shape() -> N
     weights = {"up.weight": np.zeros((3, 5, 2, 2), np.float32)}
     with pytest.raises(ValueError, match=r"kinds=\{'up': ...\} says that it is a"):
         from_torch(weights, like)
-    with pytest.raises(ValueError, match="allowed are conv_transpose and .* of the layers up"):
+    with pytest.raises(ValueError, match="allowed are conv_transpose .* of the convolutions up"):
         from_torch(weights, like, kinds={"down": "conv_transpose"})
 
 
@@ -275,3 +275,46 @@ def test_groups_are_refused(numbers, tmp_path) -> None:
     (tmp_path / "f.csv").write_text(HEADER + rows)
     with pytest.raises(ValueError, match=rf"Injection {numbers[0]} has several faults"):
         read_fault_list(tmp_path / "f.csv", PARAMS)
+
+
+def test_a_state_of_tensors_of_any_kind() -> None:
+    like = {"fc": {"kernel": np.zeros((3, 2), np.float32), "bias": np.zeros(2, np.float32)}}
+    plain = from_torch(STATE, like)
+    layer = torch.nn.Linear(3, 2)
+    layer.load_state_dict({"weight": STATE["fc.weight"], "bias": STATE["fc.bias"]})
+    trained = dict(torch.nn.ModuleDict({"fc": layer}).named_parameters())  # they need gradients
+    narrow = {name: tensor.to(torch.bfloat16) for name, tensor in STATE.items()}
+    for state in (trained, narrow):
+        jax.tree.map(np.testing.assert_array_equal, from_torch(state, like), plain)
+
+
+def test_values_that_a_state_does_not_have() -> None:
+    like = {"fc": {"bias": np.zeros(2, np.float32)}}
+    masked = {"fc.bias": np.ma.masked_array([1.0, 2.0], [False, True], np.float32)}
+    with pytest.raises(ValueError, match="fc.bias: masked values have no place here"):
+        from_torch(masked, like)
+    with pytest.raises(ValueError, match="fc.bias is float64, which does not fit in float32"):
+        from_torch({"fc.bias": np.ones(2)}, {"fc": {"bias": np.zeros(2, np.float64)}})
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ({"flattened": {"conv": 3}}, "'conv': 3: allowed are dense layers"),
+        ({"flattened": {"head": 0}}, "'head': 0: allowed are dense layers"),
+        ({"flattened": {"head": 5}}, r"that divide their inputs: head \(12 inputs\)"),
+        ({"kinds": {"head": "conv_transpose"}}, "of the convolutions conv"),
+    ],
+)
+def test_words_that_say_nothing(words, message) -> None:
+    tree = {"conv": {"kernel": np.zeros((3, 3, 1, 3), np.float32)},
+            "head": {"kernel": np.zeros((12, 2), np.float32)}}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        to_torch(tree, **words)
+
+
+def test_a_dense_layer_of_as_many_inputs_as_it_has_outputs_may_be_flattened() -> None:
+    tree = {"conv": {"kernel": np.zeros((3, 3, 1, 4), np.float32)},
+            "head": {"kernel": np.zeros((16, 16), np.float32)}}  # fmt: skip
+    with pytest.raises(ValueError, match="head"):
+        to_torch(tree)

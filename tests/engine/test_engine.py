@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 
 import jax
@@ -18,10 +19,18 @@ from jaxfi import (
     run_campaign,
 )
 from jaxfi.campaign import _run as campaign
+from jaxfi.engine import _engines
 from jaxfi.network._frozen import frozen
 from jaxfi.network._graph import _flat_jaxpr
 from jaxfi.network._rules import column_rule
-from tests.conformance_models import dense, dense_layer, plain_conv, plain_mlp
+from tests.conformance_models import (
+    dense,
+    dense_layer,
+    plain_conv,
+    plain_mlp,
+    wide_convolutions,
+    wide_twice,
+)
 from tests.engine.test_conformance import faults_in_every_leaf
 
 
@@ -177,6 +186,46 @@ def test_position_dependent_columns_are_exact(model) -> None:
     faults = FaultList.from_arrays(model[1], 1, np.arange(48), 23 + np.arange(48) % 9, "bit-flip")
     whole = {"batch_size": 13}
     assert_same(run(model, faults, **whole), run(model, faults, engine="reference", **whole))
+
+
+@pytest.mark.parametrize("kept", ["own", "ahead", "slice", "whole"])
+@pytest.mark.parametrize("model", [wide_twice, wide_convolutions], ids=["dense", "convolutions"])
+def test_each_plan_that_a_moved_bit_leads_to_is_exact(model, kept, monkeypatch) -> None:
+    """As on a backend whose parts of a layer round otherwise than the layer."""
+    apply_fn, params, shape = model()
+    faults = faults_in_every_leaf(params)
+    reference = run((apply_fn, params, shape), faults, engine="reference")
+    check, methods = _engines._check_bits, set()
+
+    def pretend(programs, *rest):
+        plan = programs.plan
+        if (kept != "ahead" and plan.ahead) or kept == "whole":
+            raise _engines._MovesBits("pretended", cut=True)
+        if (kept == "ahead" and plan.own) or (kept == "slice" and plan.method == "columns"):
+            raise _engines._MovesBits("pretended")
+        methods.add(plan.method)
+        return check(programs, *rest)
+
+    monkeypatch.setattr(_engines, "_check_bits", pretend)
+    assert_same(run((apply_fn, params, shape), faults), reference)
+    expected = {"slice": {"slice"}, "whole": set()}.get(kept, {"columns"})
+    assert methods - {"slice"} == expected - {"slice"}
+    assert kept != "slice" or methods == {"slice"}
+
+
+def test_few_images_are_checked_as_many_as_others(monkeypatch) -> None:
+    """A cut that moves a bit in few images shows in none of five."""
+    apply_fn, params, shape = plain_mlp()
+    gives, seen = _engines._suffix_gives, collections.Counter()
+
+    def count(programs, setup, golden, images, expected):
+        seen[programs.plan.leaf] += len(expected)
+        return gives(programs, setup, golden, images, expected)
+
+    monkeypatch.setattr(_engines, "_suffix_gives", count)
+    images, labels = data(shape, 5)
+    run_campaign(apply_fn, params, faults_in_every_leaf(params), images, labels, batch_size=5)
+    assert min(seen.values()) >= 2 * 256  # in their places, and in others
 
 
 @pytest.mark.parametrize("engine", ["fast", "reference", "vmap"])

@@ -295,6 +295,7 @@ def test_golden_list() -> None:
         ({"model": "gremlin"}, "unknown fault model 'gremlin'"),
         ({"paths": "d*"}, r"no leaf matches \('d\*',\): the leaves are a/bias, a/kernel"),
         ({"paths": []}, "no leaf matches"),
+        ({"paths": ["a/*", "d*"]}, r"no leaf matches 'd\*': the leaves are a/bias"),
         ({"bits": [3, 8]}, r"bit 8 is outside b/kernel \(int8\): allowed are 0 to 7"),
         ({"bits": [-1]}, "bit -1 is outside a/bias"),
         ({"key": -1}, "key -1 is out of range"),

@@ -221,3 +221,10 @@ def test_several_keys_are_refused() -> None:
     for keys in (jax.random.split(jax.random.key(0), 3), jnp.ones(3), jnp.int32(0)):
         with pytest.raises(TypeError, match="allowed are an integer and one random key"):
             jaxfi.sample_faults(keys, PARAMS, 3)
+
+
+def test_elements_of_several_faults_count_from_the_end_as_pythons_do() -> None:
+    stored = np.float32([1, 2, 3, 4])
+    sign = jnp.full(2, 1 << 31, jnp.uint32)
+    faulty = jaxfi.corrupt(stored, jnp.array([-1, 0]), ~jnp.zeros(2, jnp.uint32), sign)
+    np.testing.assert_array_equal(faulty, np.float32([-1, 2, 3, -4]))

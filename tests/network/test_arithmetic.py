@@ -402,7 +402,7 @@ def by_solve(params, images):
 @pytest.mark.parametrize(
     "apply_fn, message",
     [
-        (by_shard_map, "a dot_general inside a shard_map: allowed are conv_general_dilated"),
+        (by_shard_map, "apply_fn holds a shard_map, which divides a batch by devices: allowed"),
         (by_solve, "a dot_general inside a custom_linear_solve: allowed are"),
     ],
 )

@@ -108,3 +108,17 @@ def test_four_bits_are_the_lower_half_of_a_byte() -> None:
     np.testing.assert_array_equal(same["kernel"], tree["kernel"])
     network = with_quantized_weights(lambda p, x: x @ p["kernel"], scales, bits=4)
     np.testing.assert_array_equal(network(words, np.eye(2, dtype=np.float32)), tree["kernel"])
+
+
+def test_leaves_of_bytes_that_were_not_quantized_stay() -> None:
+    tree = {"kernel": np.float32([[7, -7], [3, 1]]), "table": np.int8([5, -128, 127])}
+    back = dequantize(*quantize(tree))
+    np.testing.assert_array_equal(back["table"], tree["table"])
+    assert back["table"].dtype == np.int8
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
+def test_the_largest_number_has_a_finite_scale(dtype) -> None:
+    largest = jnp.finfo(dtype).max
+    back = dequantize(*quantize({"kernel": jnp.asarray([[largest], [-largest]], dtype)}))
+    assert np.isfinite(np.asarray(back["kernel"], np.float64)).all()

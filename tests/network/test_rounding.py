@@ -136,7 +136,7 @@ def test_a_program_is_its_operations(name, params, monkeypatch) -> None:
 
 def test_products_and_sums_are_numpys() -> None:
     def function(p, x):
-        h = x * p["b"][:8]
+        h = x * p["b"][None, :8]
         return (h + p["b"][8:]) * C * D - h / D
 
     with own_settings():
@@ -181,3 +181,38 @@ def test_softmax_in_a_loop_has_numpys_dues(engine) -> None:
     ]
     campaign = jaxfi.run_campaign(in_loop, weights, faults, images, np.zeros(8, int), engine=engine)
     np.testing.assert_array_equal(campaign.due, expected)
+
+
+def test_a_scalar_or_constant_is_divided_truly() -> None:
+    """Not multiplied by a reciprocal that the compiler knows or shares."""
+    x, several = RANDOM.uniform(0.1, 9, (4, 8)).astype(np.float32), np.float32([[3, 5, 7]])
+
+    def quotients(p, x):
+        whole = x[:, :1]
+        same = jnp.broadcast_to(whole, (4, 2))
+        parts = [p["b"][0] / whole, np.float32(3) / whole, several / whole, 3 / same]
+        return jnp.concatenate(
+            [*parts, jnp.exp(several) / whole, jnp.exp(several) / p["b"][0] + 0 * x[:, :3]], 1
+        )
+
+    network = trace_network(quotients, SMALL, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    found = compiled(network_function(network))(SMALL, x)
+    whole = x[:, :1]
+    first, more = SMALL["b"][0], np.asarray(compiled(jnp.exp)(several))
+    expected = [first / whole, 3 / whole, several / whole, 3 / whole, 3 / whole, more / whole]
+    expected.append(np.broadcast_to(more / first, (4, 3)))
+    np.testing.assert_array_equal(words(found), words(np.concatenate(expected, 1)))
+
+
+def test_a_constant_matmul_over_what_was_joined_is_one_sum() -> None:
+    constant = RANDOM.normal(size=(16, 3)).astype(np.float32)
+
+    def both(p, x):
+        return jnp.concatenate([x, x * p["b"][None, :8]], 1) @ constant
+
+    x = RANDOM.normal(size=(4, 8)).astype(np.float32)
+    network = trace_network(both, SMALL, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    joined = np.concatenate([x, x * np.asarray(SMALL["b"])[None, :8]], 1)
+    expected = compiled(jnp.matmul)(joined, constant)
+    found = compiled(network_function(network))(SMALL, x)
+    np.testing.assert_array_equal(words(found), words(expected))
