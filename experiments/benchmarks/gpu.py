@@ -1,10 +1,11 @@
 """jaxfi on a GPU: is it exact there, how fast is it, and a row pair of the study. In minutes.
 
-    python -m experiments.benchmarks.gpu --pack=.gpu             # on a machine with a network
-    python -m experiments.benchmarks.gpu --packed=.gpu --out=DIR --seconds=600   # with a GPU
+    python -m experiments.benchmarks.gpu --pack=.gpu       # on a machine with a network
+    bash .gpu/run --out=DIR --seconds=600                  # on one with a GPU, in the same checkout
 
 The second machine needs JAX with its GPU plugin, PyTorch and what comes with both; the folder that
---pack makes brings the wheels that such a machine lacks, and MNIST. Stages run by their value, each
+--pack makes, by the Python version that the other machine has, brings the wheels that such a
+machine lacks, and MNIST. Stages run by their value, each
 in a process of its own, and each writes its JSON as it ends; what does not fit into --seconds is
 left out and said. --stages chooses some. --smoke runs all of it, small, on any machine.
 
@@ -15,7 +16,8 @@ Stages:
     row pair of Table 3's LeNet: `python -m experiments.gr`, training and campaigns.
   deterministic: the same networks with XLA's deterministic operations.
   lenet, resnet18: whole campaigns, cold and again, against PyTorch's copy, flip and re-run on the
-    same GPU, its batch as large as all images, and its share of the matmul rate.
+    same GPU, its batch as large as all images; some faults also with the reference engine.
+  batches: LeNet's with other batch sizes.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from typing import Any
 from absl import app, flags
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = {"machine": 40, "conformance": 170, "lenet": 110, "resnet18": 110, "deterministic": 150}
+STAGES = {"machine": 40, "conformance": 200, "lenet": 150, "resnet18": 150, "batches": 150,
+          "deterministic": 200}  # fmt: skip
 """By value, and the seconds that each may take at most."""
 PRECISIONS = ("highest", "default")
 STUDIED = ("lenet", "resnet9", "resnet18")
@@ -50,6 +53,12 @@ ROW = "table3_mnist_lenet"
 WHEELS = """array_record dm-haiku dm-tree docstring_parser googleapis-common-protos immutabledict
             importlib_resources jmp promise simple-parsing tensorboardX tensorflow-datasets
             tensorflow-metadata termcolor toml""".split()
+RUN = """#!/bin/bash
+here=$(cd "$(dirname "$0")" && pwd)
+python3 -m pip install -q --no-index --no-deps --target "$here/site" "$here"/wheels/*.whl || exit
+export PYTHONPATH=$here/site TFDS_DATA_DIR=$here/tfds
+exec python3 -m experiments.benchmarks.gpu "$@"
+"""
 # A process takes the memory that it needs, not three quarters of the card.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
 
@@ -67,19 +76,7 @@ def pack(folder: Path) -> None:
     if not (prepared / "mnist").is_dir():
         raise FileNotFoundError(f"{prepared} has no mnist: prepare it with TFDS")
     shutil.copytree(prepared / "mnist", folder / "tfds" / "mnist")
-
-
-def unpacked(folder: Path | None) -> dict[str, str]:
-    """The environment of stages, with what `folder` brings."""
-    environment = {**os.environ, **ENVIRONMENT}
-    if folder is None:
-        return environment
-    site = folder / "site"
-    if not site.exists():
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-        wheels = map(str, sorted((folder / "wheels").glob("*.whl")))
-        subprocess.run([*install, "--target", str(site), *wheels], check=True)
-    return {**environment, "PYTHONPATH": str(site), "TFDS_DATA_DIR": str(folder / "tfds")}
+    (folder / "run").write_text(RUN, encoding="utf-8")
 
 
 # The machine with a GPU: stages, one after another
@@ -295,21 +292,25 @@ class Speed:
     images_per_fault: int = 0
 
 
-def lenet(out: Path, smoke: bool) -> None:
-    weights = workdir(out) / "networks" / "default" / "checkpoints" / "last"
-    trained = str(weights) if weights.is_dir() and not smoke else ""
-    settings = Speed("lenet", 16_638, 10_000, (1000, 10_000, 100), 100, trained, images_per_fault=6)
-    speed(out, "lenet", _small(settings) if smoke else settings)
+def lenet(out: Path, smoke: bool, name: str = "lenet", sizes: tuple[int, ...] = (1000,)) -> None:
+    trained = workdir(out) / "networks" / "default" / "checkpoints" / "last"
+    weights = flags.FLAGS.weights or (str(trained) if trained.is_dir() else "")
+    settings = Speed("lenet", 16_638, 10_000, sizes, 100, weights, images_per_fault=6)
+    speed(out, name, _small(settings) if smoke else settings)
+
+
+def batches(out: Path, smoke: bool) -> None:
+    lenet(out, smoke, "batches", (10_000, 100))
 
 
 def resnet18(out: Path, smoke: bool) -> None:
-    settings = Speed("resnet18", 500, 1000, (500, 100), 20, images_per_fault=100)
+    settings = Speed("resnet18", 500, 1000, (500,), 20, images_per_fault=100)
     speed(out, "resnet18", _small(settings) if smoke else settings)
 
 
 def _small(settings: Speed) -> Speed:
     return dataclasses.replace(
-        settings, network="lenet", num_faults=20, num_images=40, batch_sizes=(20,),
+        settings, network="lenet", weights="", num_faults=20, num_images=40, batch_sizes=(20,),
         pytorch_faults=2, dataset="random", images_per_fault=6,
     )  # fmt: skip
 
@@ -346,33 +347,43 @@ def speed(out: Path, name: str, settings: Speed) -> None:
     theirs: list[np.ndarray] = []
     pytorch()
     for batch_size in settings.batch_sizes:
+        entry: dict[str, Any] = {"batch_size": batch_size}
+        result["campaigns"].append(entry)
         now = dataclasses.replace(settings, batch_size=batch_size)
-        cold, campaign = run_jaxfi(now, subject, faults)
-        arguments = (subject.apply_fn, params, faults, subject.images, subject.labels)
-        start = time.perf_counter()
-        again = run_campaign(*arguments, nan="argmax", batch_size=batch_size)
-        warm = time.perf_counter() - start
-        start = time.perf_counter()
-        sampled = run_campaign(
-            *arguments, nan="argmax", batch_size=batch_size,
-            images_per_fault=settings.images_per_fault,
-        )  # fmt: skip
-        result["campaigns"].append({
-            "batch_size": batch_size, "cold_s": cold, "again_s": warm,
-            "sampled_s": time.perf_counter() - start,
-            "repeats": bool(np.array_equal(campaign.outcomes, again.outcomes)),
-            "sample_is_full": bool(np.array_equal(
-                sampled.outcomes,
-                campaign.outcomes[np.arange(len(faults))[:, None], sampled.images],
-            )),
-            "same_as_pytorch": float(np.mean(campaign.outcomes[rows] == theirs[0])),
-            "rates": {k: estimate.value for k, estimate in campaign.rates()._asdict().items()},
-            "sampled": {k: str(estimate) for k, estimate in sampled.rates()._asdict().items()},
-        })  # fmt: skip
+        entry["cold_s"], campaign = run_jaxfi(now, subject, faults)
+        entry["rates"] = rates_of(campaign)
+        entry["same_as_pytorch"] = float(np.mean(campaign.outcomes[rows] == theirs[0]))
         write(out, name, result)
-        print(result["campaigns"][-1])
+
+        def timed(faults: Any, **options: Any) -> tuple[float, Any]:
+            images, labels = subject.images, subject.labels
+            start = time.perf_counter()
+            found = run_campaign(
+                subject.apply_fn, params, faults, images, labels,
+                nan="argmax", batch_size=batch_size, **options,  # noqa: B023
+            )  # fmt: skip
+            return time.perf_counter() - start, found
+
+        entry["again_s"], again = timed(faults)
+        entry["repeats"] = bool(np.array_equal(campaign.outcomes, again.outcomes))
+        write(out, name, result)
+        entry["sampled_s"], sampled = timed(faults, images_per_fault=settings.images_per_fault)
+        entry["sampled"] = rates_of(sampled)
+        pairs_of = campaign.outcomes[np.arange(len(faults))[:, None], sampled.images]
+        entry["sample_is_full"] = bool(np.array_equal(sampled.outcomes, pairs_of))
+        write(out, name, result)
+        _, reference = timed(faults[rows], engine="reference")
+        differ = campaign.outcomes[rows] != reference.outcomes
+        entry["reference"] = {"pairs": differ.size, "differ": int(differ.sum())}
+        write(out, name, result)
+        print(entry)
     pytorch()
     write(out, name, result)
+
+
+def rates_of(campaign: Any) -> dict[str, list[float]]:
+    """Value and interval of each."""
+    return {name: list(map(float, e)) for name, e in campaign.rates()._asdict().items()}
 
 
 # Command line
@@ -380,10 +391,10 @@ def speed(out: Path, name: str, settings: Speed) -> None:
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("pack", None, "Make this folder, and end.", flag_values=values)
-    flags.DEFINE_string("packed", None, "A folder that --pack made.", flag_values=values)
     flags.DEFINE_string("out", None, "Folder of the results.", flag_values=values)
     flags.DEFINE_integer("seconds", 600, "Of all stages together.", flag_values=values)
     flags.DEFINE_list("stages", list(STAGES), "What to run, in this order.", flag_values=values)
+    flags.DEFINE_string("weights", "", "Of LeNet, where no row pair ran.", flag_values=values)
     flags.DEFINE_boolean("smoke", False, "Small, on any machine.", flag_values=values)
     flags.DEFINE_boolean("alone", False, "In this process: the launcher's.", flag_values=values)
 
@@ -400,8 +411,7 @@ def run_from_flags(values: flags.FlagValues) -> None:
         raise ValueError(f"--stages has {unknown[0]!r}; allowed: {', '.join(STAGES)}")
     if given["alone"]:
         return globals()[stages[0]](out, given["smoke"])
-    packed = Path(given["packed"]).resolve() if given["packed"] else None
-    return run_stages(stages, out, given["seconds"], unpacked(packed))
+    return run_stages(stages, out, given["seconds"], {**os.environ, **ENVIRONMENT})
 
 
 def main(argv: Sequence[str]) -> None:

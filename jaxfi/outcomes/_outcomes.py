@@ -209,6 +209,7 @@ def estimate_rate(
 
 def _wilson(mean: float, size: float, t: float) -> Estimate:
     """Wilson's interval of a share of `size` independent trials."""
+    size = float(size)
     center = (mean + t**2 / (2 * size)) / (1 + t**2 / size)
     spread = mean * (1 - mean)
     half = t * math.sqrt(spread / size + t**2 / (4 * size**2)) / (1 + t**2 / size)
@@ -278,7 +279,7 @@ def rate_of(results: Results, rate: str, population: float, t: float) -> Estimat
     changed = estimate_sampled_difference(gained, change, seen, population, t)
     clean, variance = clean_accuracy(seen)
     half = math.hypot(changed.high - changed.value, t * math.sqrt(variance))
-    value = min(max(clean + changed.value, 0.0), 1.0)
+    value = min(max(float(clean + changed.value), 0.0), 1.0)
     return Estimate(value, max(value - half, 0.0), min(value + half, 1.0))
 
 
