@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ Path = str | os.PathLike
 
 _TOLERANCE = 1e-4  # of outputs, relative to the largest
 # Under which training checkpoints keep the state dict, and what wrappers put before its names.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
 _PREFIXES = ("module.", "_orig_mod.")
 _TORCH_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".ckpt", ".bin")
 _SAFETENSORS_DTYPES = {
@@ -48,7 +47,8 @@ def from_torch(
     """A PyTorch state dict as variables.
 
     Args:
-      state: parameters and running statistics by PyTorch name.
+      state: parameters and running statistics, arrays or tensors by PyTorch name; `module.` and
+        `_orig_mod.` may stand before all of them.
       variables_like: variables (`params`, `batch_stats`) whose names, shapes and dtypes to fill;
         `jax.eval_shape(module.init, key, images)` is enough.
       flattened: for networks other than jaxfi's, path and number of channels of each dense layer
@@ -63,13 +63,19 @@ def from_torch(
       A tree like `variables_like`.
 
     Raises:
+      TypeError for what is no dict by name;
       ValueError naming what is missing, left over, of the wrong shape, or of a dtype that would
       lose bits; a dense layer that may read a flattened image, where `flattened` does not say; and
       outputs that do not agree.
     """
     layout = layout_of(shapes_of(variables_like), flattened, kinds)
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        what = "names that are no text" if isinstance(state, Mapping) else type(state).__name__
+        raise TypeError(f"state is {what}: allowed is a dict of arrays or tensors by name")
     leaves = list(torch_leaves(variables_like))
     names = {name for name, _, _ in leaves}
+    if not names & state.keys():
+        state = _without(_PREFIXES, state)
     given = {name for name in state if not name.endswith("num_batches_tracked")}
     for what, wrong in (("lacks", names - given), ("has unknown", given - names)):
         if wrong:
@@ -134,8 +140,8 @@ def load_state(path: Path) -> dict[str, np.ndarray]:
 
     Args:
       path: .npz or .safetensors; .pt, .pth, .th, .pth.tar, .ckpt or .bin, whose state dict is taken
-        out of a training checkpoint (`state_dict`, `model_state_dict`, `model`, `net`), and
-        `module.` and `_orig_mod.` off every name, as Lightning's `model.`; or .onnx, of which the
+        out of a training checkpoint that holds one, whatever its name, and `module.` and
+        `_orig_mod.` off every name, as Lightning's `model.`; or .onnx, of which the
         float initializers are taken. An export must have kept the parameters
         (`torch.onnx.export(..., optimize=False)`): by default it folds BatchNorm into the
         convolutions, so BatchNorm's names are missing, as `from_torch` says, and so are its words
@@ -173,6 +179,11 @@ def _fit(name: str, array: np.ndarray, path: str, like: Any, layout: Layout) -> 
             also = f"; kinds={{'{layer}': ...}} says that it is a transposed convolution"
         raise ValueError(f"{name} has shape {array.shape}, the network needs {expected}{also}")
     held_as = jax.dtypes.canonicalize_dtype(like.dtype)  # without x64, 32 bits
+    if array.dtype.type is np.void:  # what NumPy has no name for
+        raise ValueError(
+            f"{name} is {array.dtype}: NumPy's files do not say which floats of 8 or 16 bits they "
+            "hold: allowed are .safetensors and .pt files, or float32"
+        )
     if not np.can_cast(array.dtype, held_as):
         raise ValueError(f"{name} is {array.dtype}, which does not fit in {held_as}")
     return jnp.asarray(from_torch_layout(path, array, layout), like.dtype)
@@ -218,21 +229,46 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises many kinds, with pages of advice
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a PyTorch state dict: {reason}") from None
-    is_lightning = isinstance(state, Mapping) and "pytorch-lightning_version" in state
-    for wrapper in _WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path}: not a state dict of tensors, it is a {type(state).__name__}")
+    is_lightning = "pytorch-lightning_version" in state
+    found = dict(_state_dicts(state))
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} holds several state dicts, {', '.join(found)}: allowed is one; torch.load the "
+            "file, and give from_torch the one that is meant"
+        )
+    state = next(iter(found.values()), state)
     others = [name for name, tensor in state.items() if not torch.is_tensor(tensor)]
     if others:
         kind = type(state[others[0]]).__name__
         raise ValueError(f"{path}: not a state dict of tensors: {others[0]!r} is a {kind}")
     state = {str(name): tensor for name, tensor in state.items()}
-    for prefix in (*_PREFIXES, *(("model.",) if is_lightning else ()), *_PREFIXES):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    state = _without(_PREFIXES, state)
+    if is_lightning:
+        state = _without(("model.", *_PREFIXES), state)
     return {name: _tensor_to_numpy(path, name, tensor.detach()) for name, tensor in state.items()}
+
+
+def _state_dicts(state: Mapping, path: str = "") -> Iterator[tuple[str, Mapping]]:
+    """The state dicts in a training checkpoint, at any depth, and where they are."""
+    import torch
+
+    tensors = [value for value in state.values() if torch.is_tensor(value)]
+    if state and len(tensors) == len(state):
+        yield path, state
+    elif all(tensor.ndim == 0 for tensor in tensors):
+        for name, value in state.items():
+            if isinstance(name, str) and isinstance(value, Mapping):
+                yield from _state_dicts(value, f"{path}/{name}" if path else name)
+
+
+def _without(prefixes: Iterable[str], state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` without the prefixes that all of its names share, in any order."""
+    state = dict(state)
+    while shared := [p for p in prefixes if state and all(name.startswith(p) for name in state)]:
+        state = {name.removeprefix(shared[0]): value for name, value in state.items()}
+    return state
 
 
 def _read_onnx(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ import dataclasses
 import html
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,10 +102,10 @@ class FaultList:
         """A list from `(path, index, bit)`: index a tuple or a flat int, bit None for whole words.
 
         `value` is what the model "value" writes, rounded to the leaf's dtype. Raises ValueError
-        naming the first fault that does not fit `params`.
+        naming the first fault that does not fit `params`, TypeError for what is no list.
         """
         checked_model(model)
-        rows = ((*site, model, value) for site in sites)
+        rows = ((*site, model, value) for site in _triples(sites))
         return cls.from_arrays(params, *parse_sites(rows, params))
 
     def __len__(self) -> int:
@@ -398,3 +398,14 @@ def _most(values: np.ndarray, shown: int = 4) -> str:
     if len(order) > shown:
         texts.append(f"{counts[order[shown:]].sum():,} in {len(order) - shown} others")
     return ", ".join(texts) or "none"
+
+
+def _triples(sites: Any) -> Iterator[Sequence]:
+    """`sites`, or ValueError naming the first that is no (path, index, bit)."""
+    allowed = "allowed is a list of (path, index, bit)"
+    if not isinstance(sites, Iterable) or isinstance(sites, str | bytes):
+        raise TypeError(f"sites is {sites!r}: {allowed}")
+    for row, site in enumerate(sites):
+        if not isinstance(site, Sequence) or isinstance(site, str | bytes) or len(site) != 3:
+            raise ValueError(f"fault {row}: {site!r} is no site: {allowed}")
+        yield site

@@ -31,7 +31,9 @@ def checked_integer(name: str, value: Any, least: int | None = None) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} {value!r} is not an integer") from None
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} {value!r} is not an integer")
     if least is not None and number < least:
         raise ValueError(f"{name} {value} is out of range: allowed are integers >= {least}")
     return number
@@ -80,6 +82,8 @@ def parse_sites(sites: Iterable[tuple], params: PyTree) -> list[tuple]:
     for row, site in enumerate(sites):
         try:
             path, index, bit, model, value = site
+            if not isinstance(path, str):
+                raise ValueError(f"{path!r} is no leaf's path: the leaves are {', '.join(paths)}")
             if path not in number_of:
                 raise ValueError(f"no leaf {path!r}: the leaves are {', '.join(paths)}")
             leaf = number_of[path]

@@ -12,6 +12,7 @@ branches: it can be jitted and vmapped over any batch.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -168,11 +169,17 @@ def corrupt(
     if array.size == 0:
         return array
     element = jnp.asarray(element)
-    keep, flip = (jnp.asarray(mask).astype(word_dtype(array.dtype)) for mask in (keep, flip))
+    keep, flip = (_as_words(mask, array.dtype) for mask in (keep, flip))
     if element.ndim:
         element = jnp.where(element < 0, element + array.size, element)  # as Python counts
         element, keep, flip = _composed(element, keep, flip, array.size)
     return corrupt_distinct(array, element, keep, flip, hit_gradient)
+
+
+def _as_words(mask: Any, dtype: Any) -> jax.Array:
+    """A mask as the words of a dtype; Python's integers may need more bits than JAX's do."""
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    return jnp.asarray(mask.astype(word_dtype(dtype)))
 
 
 def corrupt_distinct(
@@ -211,6 +218,25 @@ def _composed(
     return jnp.where(last, element, size), keep, flip
 
 
+def _check_place(fault: Fault, leaves: Sequence) -> None:
+    if not _is_known(fault):
+        return
+    leaf, element = np.broadcast_arrays(fault.leaf, fault.element)
+    sizes = np.array([np.size(leaf) for leaf in leaves], np.int64)
+    there = (leaf >= 0) & (leaf < len(sizes))
+    fits = there & (element >= 0) & (element < np.append(sizes, 0)[np.where(there, leaf, -1)])
+    if not np.all(fits):
+        first = np.flatnonzero(~fits)[0]
+        raise ValueError(
+            f"a fault is in leaf {leaf.flat[first]}, element {element.flat[first]}: the leaves of "
+            f"the parameters have {', '.join(map(str, sizes.tolist()))} elements"
+        )
+
+
+def _is_known(fault: Fault) -> bool:
+    return not any(isinstance(place, jax.core.Tracer) for place in (fault.leaf, fault.element))
+
+
 def inject(params: PyTree, fault: Fault, *, hit_gradient: str = "zero") -> PyTree:
     """`params` with the fault in it: pure, jit-able, and vmap-able over a batch of faults.
 
@@ -224,7 +250,8 @@ def inject(params: PyTree, fault: Fault, *, hit_gradient: str = "zero") -> PyTre
     Returns:
       A tree like `params`. Only the faulty elements differ.
 
-    Raises TypeError for a leaf whose dtype has no words of 8, 16, 32 or 64 bits.
+    Raises TypeError for a leaf whose dtype has no words of 8, 16, 32 or 64 bits; ValueError for a
+    fault of other parameters, where its place is known: inside jit and vmap it is not.
 
     >>> from jaxfi import FaultList
     >>> params = {"w": jnp.ones((2, 3))}
@@ -233,6 +260,7 @@ def inject(params: PyTree, fault: Fault, *, hit_gradient: str = "zero") -> PyTre
     [[1.0, 1.0, -1.0], [1.0, 1.0, 1.0]]
     """
     leaves, treedef = jax.tree.flatten(params)
+    _check_place(fault, leaves)
     faulty = []
     for number, leaf in enumerate(leaves):
         array = jnp.asarray(leaf)

@@ -61,7 +61,8 @@ def quantize(
     leaves, structure = jax.tree.flatten(params)
     pairs = []
     for name, leaf in zip(names, map(jnp.asarray, leaves), strict=True):
-        if not fnmatch.fnmatchcase(name, paths) or (leaf.ndim < 2 and not vectors):
+        chosen = fnmatch.fnmatchcase(name, paths) and (leaf.ndim > 1 or vectors)
+        if not chosen or leaf.size == 0:
             pairs.append((leaf, jnp.ones((), leaf.dtype)))
             continue
         _check_leaf(name, leaf)
@@ -103,8 +104,8 @@ def _output_axis(path: str, axis: int | Callable[[str], int] | None) -> int:
 
 
 def _check_leaf(name: str, leaf: jax.Array) -> None:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"leaf {name} is {leaf.dtype}: allowed are floats")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
+        raise TypeError(f"leaf {name} is {leaf.dtype}: allowed are floats of 16 bits or more")
     wrong = int(np.count_nonzero(~np.isfinite(np.asarray(leaf, np.float64))))
     if wrong:
         raise ValueError(f"leaf {name} holds {wrong} NaN or Inf: allowed are finite weights")

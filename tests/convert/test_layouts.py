@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import linen as nn
+from safetensors.numpy import save_file
 
 from jaxfi.convert import from_torch, load_state, read_fault_list, to_torch
 from jaxfi.models import MODELS
@@ -182,6 +183,10 @@ WRAPPED = {
     "compiled": {f"_orig_mod.{k}": v for k, v in STATE.items()},
     "parallel in net": {"net": {f"module.{k}": v for k, v in STATE.items()}},
     "both": {f"module._orig_mod.{k}": v for k, v in STATE.items()},
+    "another name": {"model_state": STATE, "epoch": 1, "best": torch.tensor(0.9)},
+    "with an optimizer's": {"params": STATE, "optimizer": torch.optim.Adam(
+        [torch.nn.Parameter(torch.ones(2))]).state_dict()},
+    "deeper": {"checkpoint": {"module": STATE}, "config": {"width": 3}},
 }  # fmt: skip
 
 
@@ -191,6 +196,38 @@ def test_wrappers(name, suffix, tmp_path) -> None:
     torch.save(WRAPPED[name], tmp_path / f"x{suffix}")
     state = load_state(tmp_path / f"x{suffix}")
     assert {k: v.tolist() for k, v in state.items()} == {k: v.tolist() for k, v in STATE.items()}
+
+
+def test_which_of_several_state_dicts_is_not_guessed(tmp_path) -> None:
+    torch.save({"model": STATE, "ema": {"inner": STATE}, "epoch": 1}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt holds several state dicts, model, ema/inner: all"):
+        load_state(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_prefix_of_all_names_is_none_of_the_networks(prefix, tmp_path) -> None:
+    like = {"fc": {"kernel": np.zeros((3, 2), np.float32), "bias": np.zeros(2, np.float32)}}
+    plain = from_torch(STATE, like)
+    arrays = {prefix + name: tensor.numpy() for name, tensor in STATE.items()}
+    np.savez(tmp_path / "x.npz", **arrays)
+    save_file(arrays, tmp_path / "x.safetensors")
+    for state in (arrays, load_state(tmp_path / "x.npz"), load_state(tmp_path / "x.safetensors")):
+        jax.tree.map(np.testing.assert_array_equal, from_torch(state, like), plain)
+    named = {"module": like}  # a network may have a layer of that name
+    back = from_torch(to_torch({"module": plain}), named)
+    jax.tree.map(np.testing.assert_array_equal, back, {"module": plain})
+
+
+@pytest.mark.parametrize("state", [[1], None, 5, {1: np.ones(2)}])
+def test_what_is_no_state_is_named(state) -> None:
+    with pytest.raises(TypeError, match="allowed is a dict of arrays or tensors by name"):
+        from_torch(state, {"fc": {"bias": np.zeros(2, np.float32)}})
+
+
+def test_floats_that_numpys_files_lose_are_named(tmp_path) -> None:
+    np.savez(tmp_path / "x.npz", **{"fc.bias": np.ones(2, jnp.bfloat16)})
+    with pytest.raises(ValueError, match="NumPy's files do not say which floats"):
+        from_torch(load_state(tmp_path / "x.npz"), {"fc": {"bias": np.zeros(2, np.float32)}})
 
 
 @pytest.mark.parametrize(

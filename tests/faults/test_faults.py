@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxfi
 from jaxfi.faults import (
     BIT_MODELS,
     FAULT_MODELS,
@@ -235,7 +236,7 @@ GOOD_PARAMS = {
 }
 BAD_SITES = {
     "unknown path": (("conv/weight", 0, 0), {}, r"no leaf 'conv/weight': the leaves are conv/bias"),
-    "path is no string": ((["conv"], 0, 0), {}, "unhashable"),
+    "path is no string": ((["conv"], 0, 0), {}, "is no leaf's path"),
     "flat index too large": (
         ("conv/bias", 4, 0),
         {},
@@ -264,7 +265,7 @@ BAD_SITES = {
     "value NaN": (("scale", (), None), {"model": "value", "value": math.nan}, "does not fit int8"),
     "value infinite": (("scale", (), None), {"model": "value", "value": math.inf}, "does not fit"),
     "value a string": (("conv/bias", 0, None), {"model": "value", "value": "x"}, "could not"),
-    "a pair": (("conv/bias", 0), {}, "unpack"),
+    "a pair": (("conv/bias", 0), {}, "is no site: allowed is a list of"),
 }
 
 
@@ -476,3 +477,30 @@ def test_parse_index_is_python(text: str) -> None:
         return
     digits = [int(part) for part in text.strip("()").split(",") if part.strip()]
     assert index == (tuple(digits) if text.startswith("(") else digits[0])
+
+
+def test_a_fault_of_other_parameters_is_named() -> None:
+    params = {"a": np.ones(3, np.float32), "b": np.ones(2, np.float32)}
+    faults = jaxfi.exhaustive_faults(params, bits=[31])
+    with pytest.raises(ValueError, match="leaf 1, element 0: the leaves of .* have 3 elements"):
+        jaxfi.inject({"a": params["a"]}, faults.fault(3))
+    with pytest.raises(ValueError, match="leaf 0, element 2: the leaves of .* have 2, 2 elements"):
+        jaxfi.inject({"a": params["b"], "b": params["b"]}, faults.fault(2))
+    together = faults[[0, 4]].batch()
+    with pytest.raises(ValueError, match="leaf 1, element 1"):
+        jaxfi.inject({"a": params["a"], "b": params["b"][:1]}, together)
+
+
+@pytest.mark.parametrize(
+    "sites", [5, None, "a", ["a"], [5], [("a", 0)], [("a", 0, 31, 7)], [("a", 0, 31), None]]
+)
+def test_what_is_no_list_of_sites_is_named(sites) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"allowed is a list of \(path, index, bit\)"):
+        jaxfi.FaultList.from_sites(sites, {"a": np.ones(3, np.float32)})
+
+
+def test_masks_may_be_pythons_integers() -> None:
+    found = jaxfi.corrupt(np.float32([1, 2]), 1, 0xFFFF_FFFF, 1 << 31)
+    np.testing.assert_array_equal(found, np.float32([1, -2]))
+    found = jaxfi.corrupt(np.float32([1, 2]), 1, ~0, 1 << 31)
+    np.testing.assert_array_equal(found, np.float32([1, -2]))

@@ -65,7 +65,7 @@ def test_what_is_not_finite_is_named(bad) -> None:
         (
             ({"kernel": np.ones((2, 2), np.int8)},),
             TypeError,
-            "leaf kernel is int8: allowed are floats",
+            "leaf kernel is int8: allowed are floats of 16 bits or more",
         ),
         (({"w": np.ones((2, 2))},), ValueError, "no leaf matches '.kernel': the leaves are w"),
         (({"kernel": np.ones((2, 2), np.float32)}, "*", 5), ValueError, "axis 5 is outside kernel"),
@@ -122,3 +122,8 @@ def test_the_largest_number_has_a_finite_scale(dtype) -> None:
     largest = jnp.finfo(dtype).max
     back = dequantize(*quantize({"kernel": jnp.asarray([[largest], [-largest]], dtype)}))
     assert np.isfinite(np.asarray(back["kernel"], np.float64)).all()
+
+
+def test_a_leaf_without_elements_stays() -> None:
+    words, scales = quantize({"kernel": np.zeros((0, 3), np.float32)})
+    assert dequantize(words, scales)["kernel"].shape == (0, 3)
