@@ -24,6 +24,7 @@ from jaxfi.campaign._checks import (
     checked_inputs,
     warn_of_idle_faults,
 )
+from jaxfi.engine._cache import programs_kept
 from jaxfi.engine._compilation import compiled, own_settings
 from jaxfi.engine._engines import whole_programs
 from jaxfi.engine._golden import network_function
@@ -147,7 +148,7 @@ def cumulative_accuracy(
     device = jax.local_devices()[0]
     for trial in trials:
         check_faults(trial, params, empty=True)
-    with own_settings(), jax.default_device(device):
+    with own_settings(), programs_kept(), jax.default_device(device):
         inputs = checked_inputs(apply_fn, params, images, labels, batch_size, device)
         network, programs = kept(inputs.network)
         whole, _ = whole_programs(programs, network_function(network))

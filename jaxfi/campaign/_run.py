@@ -38,6 +38,7 @@ from jaxfi.campaign._workers import (
     split_blocks,
     start_workers,
 )
+from jaxfi.engine._cache import programs_kept
 from jaxfi.engine._compilation import own_settings
 from jaxfi.engine._engines import whole_programs
 from jaxfi.engine._explain import LeafCost, leaf_costs, plan_text
@@ -120,7 +121,7 @@ def run_campaign(
     check_faults(faults, params)
     devices = checked_devices(devices, workdir)
     arithmetic = jax.default_matmul_precision(precision)
-    with own_settings(), arithmetic, jax.default_device(devices[0]):
+    with own_settings(), programs_kept(), arithmetic, jax.default_device(devices[0]):
         apply_fn, params, batches, labels, network = checked_inputs(
             apply_fn, params, images, labels, batch_size, devices[0]
         )

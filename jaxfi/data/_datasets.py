@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxfi.data._extras import extra
+from jaxfi.data._files import user_cache
 
 DATASETS = ("digits", "mnist", "cifar10")
 
@@ -178,8 +179,7 @@ def _cache_path(builder: Any, input_size: int) -> Path:
     files = sorted(Path(builder.data_path).iterdir())
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     fingerprint = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxfi"
-    return folder / f"{builder.name}-{input_size}-{fingerprint}.npz"
+    return user_cache() / f"{builder.name}-{input_size}-{fingerprint}.npz"
 
 
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:

@@ -21,6 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def user_cache() -> Path:
+    """jaxfi's folder for what can be made again: in `$XDG_CACHE_HOME`, by default `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxfi"
+
+
 def content_hash(content: bytes) -> str:
     """32 hexadecimal digits that stand for the content (half of its SHA-256)."""
     return hashlib.sha256(content).hexdigest()[:32]
