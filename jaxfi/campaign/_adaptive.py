@@ -2,7 +2,8 @@
 
 A fixed sample is sized for the worst case, a rate of one half whose images all agree. Most rates
 are far from that, and most faults of a kind do alike. `run_sequential` draws from one seeded order
-until every rate is known within the margin; `run_stratified` draws more where faults differ.
+until every rate is known within the margin; `run_stratified` draws more where faults differ. Both
+run each fault on few images, by default as many as a pilot finds best.
 """
 
 from __future__ import annotations
@@ -19,17 +20,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxfi.campaign._anytime import anytime_estimate, draw_until_kept
+from jaxfi.campaign._anytime import FRESH, anytime_estimate, draw_until_kept
+from jaxfi.campaign._checks import check_images_per_fault
 from jaxfi.campaign._result import Campaign
 from jaxfi.campaign._run import run_campaign
 from jaxfi.campaign._strata import PILOT_LEAST, Strata, draw_strata_until_kept, stratified_estimates
+from jaxfi.engine import explain
 from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._layers import layers_of
 from jaxfi.faults._list import FaultList, Stratum
 from jaxfi.faults._sampling import fault_population, nth_key, sample_faults, sample_size
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn
-from jaxfi.outcomes._outcomes import Rates, per_fault_shares
+from jaxfi.outcomes._outcomes import Estimate, Rates, pairs_that_count, per_fault_shares
+from jaxfi.outcomes._two_stage import parts_of_variance
+
+_OF_PAIRS = Rates._fields[:4]
+_PILOT_FAULTS, _PILOT_IMAGES = 200, 8  # of the pilot that chooses m
+_PILOT_KEY = 2**31 - 1  # no stratum's
+_MOST_IMAGES = 64  # of one fault: a pilot that saw no difference within a fault proves little
 
 
 class AdaptiveCampaign(NamedTuple):
@@ -52,6 +61,21 @@ class AdaptiveCampaign(NamedTuple):
         """Faults fewer than the fixed sample's; negative if there were more."""
         return self.num_fixed - self.stages[-1]
 
+    @property
+    def images_per_fault(self) -> int:
+        """m, images that each fault saw."""
+        return self.campaign.outcomes.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a fault and an image that ran, but for the pilot's that chose m."""
+        return self.campaign.outcomes.size
+
+    @property
+    def num_pairs_fixed(self) -> int:
+        """Pairs of the fixed sample on all images."""
+        return self.num_fixed * len(self.campaign.labels)
+
 
 def run_sequential(
     apply_fn: ApplyFn,
@@ -64,11 +88,13 @@ def run_sequential(
     t: float | None = None,
     confidence: float | None = None,
     first: int = 500,
+    images_per_fault: int | str | None = "auto",
+    rates: Sequence[str] | None = None,
     workdir: str | os.PathLike | None = None,
     sampling: dict[str, Any] | None = None,
     **settings: Any,
 ) -> AdaptiveCampaign:
-    """Draws faults until every rate's interval is within the margin, and stops.
+    """Draws faults until the interval of every rate that is asked for is within the margin.
 
     The intervals are those of a confidence sequence (`_anytime.py`): they hold with their
     confidence although the stop depends on them.
@@ -80,28 +106,39 @@ def run_sequential(
       t, confidence: how sure: a cut-off of the normal distribution, or such as 0.95; default
         t = 2.58, which the studies take for 99 %.
       first: faults before the first look.
+      images_per_fault: m images for each fault, as in `run_campaign`; "auto", as many as give the
+        narrowest interval for the arithmetic (docs/adaptive.md); None, all images.
+      rates: those that must be within the margin, names in `jaxfi.outcomes.Rates`. Default all; of
+        sampled images without faulty_accuracy, most of whose variance is of the images.
       workdir: keeps each stage; the same call there continues it.
       sampling: arguments of `sample_faults`: model, paths, bits, value.
 
     Raises as `run_campaign` and `sample_faults`.
     """
-    _check_settings(settings)
     sampling, t = dict(sampling or {}), checked_cutoff(t, confidence)
     num_fixed = sample_size(fault_population(params), margin, t)
-    population = _num_sites(params, sampling)
+    num_sites = _num_sites(params, sampling)
+    subject = (apply_fn, params, images, labels)
+    settings["images_per_fault"] = count = _images_per_fault(
+        images_per_fault, rates, subject, key, workdir, sampling, settings
+    )
+    asked = _asked(rates, count)
+    population = num_sites if count is None else FRESH
     done: list[Campaign] = []
 
-    def measure(num_faults: int) -> np.ndarray:
+    def measure(num_faults: int) -> tuple[np.ndarray, np.ndarray]:
         start = sum(len(campaign.faults) for campaign in done)
         faults = sample_faults(key, params, num_faults, by="network", **sampling)
         done.append(run_campaign(apply_fn, params, faults[start:], images, labels,
                                  workdir=_folder(workdir, len(done)), **settings))  # fmt: skip
-        return _shares(_joined(done))
+        campaign = _joined(done)
+        return _shares(campaign, asked), _shared(campaign, asked)
 
-    stages = draw_until_kept(measure, population, margin, t, first)
+    stages = draw_until_kept(measure, population, margin, t, first, num_sites)
     campaign = _joined(done)
-    estimates = [anytime_estimate(v, population, margin, t) for v in _shares(campaign).T]
-    return AdaptiveCampaign(campaign, Rates(*estimates), tuple(stages), num_fixed)
+    columns = zip(_shares(campaign).T, _shared(campaign), strict=True)
+    estimates = [anytime_estimate(v, population, margin, t, float(s)) for v, s in columns]
+    return AdaptiveCampaign(campaign, _rates(campaign, estimates, t), tuple(stages), num_fixed)
 
 
 def run_stratified(
@@ -115,6 +152,8 @@ def run_stratified(
     t: float | None = None,
     confidence: float | None = None,
     pilot: int = 1000,
+    images_per_fault: int | str | None = "auto",
+    rates: Sequence[str] | None = None,
     workdir: str | os.PathLike | None = None,
     sampling: dict[str, Any] | None = None,
     **settings: Any,
@@ -127,19 +166,23 @@ def run_stratified(
     Args:
       pilot: faults of the pilot, about: at least two a stratum are taken. Where the layers are too
         many for that, the smallest are taken as one.
-      apply_fn, params, images, labels, key, margin, t, confidence, workdir, sampling, settings: as
-        in `run_sequential`.
+      apply_fn, params, images, labels, key, margin, t, confidence, images_per_fault, rates,
+        workdir, sampling, settings: as in `run_sequential`.
 
     Raises as `run_campaign` and `sample_faults`.
     """
-    _check_settings(settings)
     sampling, t = dict(sampling or {}), checked_cutoff(t, confidence)
     num_fixed = sample_size(fault_population(params), margin, t)
+    subject = (apply_fn, params, images, labels)
+    settings["images_per_fault"] = count = _images_per_fault(
+        images_per_fault, rates, subject, key, workdir, sampling, settings
+    )
+    asked = _asked(rates, count)
     strata, drawers = _layers_and_bits(key, params, sampling, pilot)
     done: list[Campaign] = []
     belongs: list[np.ndarray] = []  # of each stage, the stratum of each fault
 
-    def measure(counts: np.ndarray) -> list[np.ndarray]:
+    def measure(counts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         before = np.bincount(np.concatenate([[], *belongs]).astype(int), minlength=len(counts))
         faults = functools.reduce(lambda a, b: a + b, (
             draw(int(stop))[start:]
@@ -148,22 +191,81 @@ def run_stratified(
         done.append(run_campaign(apply_fn, params, faults, images, labels,
                                  workdir=_folder(workdir, len(done)), **settings))  # fmt: skip
         belongs.append(np.repeat(np.arange(len(counts)), counts - before))
-        return _by_stratum(_joined(done), np.concatenate(belongs), len(counts))
+        campaign = _joined(done)
+        shares = _by_stratum(_shares(campaign, asked), np.concatenate(belongs), len(counts))
+        return shares, _shared(campaign, asked)
 
-    stages = draw_strata_until_kept(measure, strata, margin, t, pilot)
+    sampled = count is not None
+    stages = draw_strata_until_kept(measure, strata, margin, t, pilot, sampled)
     campaign = _joined(done)
-    shares = _by_stratum(campaign, np.concatenate(belongs), len(drawers))
-    rates = Rates(*stratified_estimates(strata, shares, stages, t))
-    return AdaptiveCampaign(campaign, rates, tuple(int(s.sum()) for s in stages), num_fixed)
+    shares = _by_stratum(_shares(campaign), np.concatenate(belongs), len(drawers))
+    shared = _shared(campaign) if sampled else None
+    estimates = stratified_estimates(strata, shares, stages, t, shared)
+    looks = tuple(int(stage.sum()) for stage in stages)
+    return AdaptiveCampaign(campaign, _rates(campaign, estimates, t), looks, num_fixed)
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError for sampled pairs: a fault's share is taken to be of all images."""
-    if settings.get("images_per_fault") is not None:
+def _asked(rates: Sequence[str] | None, images_per_fault: int | None) -> tuple[str, ...]:
+    """The rates that must be within the margin; ValueError for one that does not exist."""
+    if rates is None:
+        return Rates._fields if images_per_fault is None else _OF_PAIRS
+    if isinstance(rates, str) or not rates or set(rates) - set(Rates._fields):
+        raise ValueError(f"rates is {rates!r}: allowed are some of {', '.join(Rates._fields)}")
+    if images_per_fault is not None and "faulty_accuracy" in rates:
         raise ValueError(
-            "images_per_fault is not for adaptive campaigns, whose faults see all images: allowed "
-            "is run_campaign with it"
+            "rates has faulty_accuracy, whose margin few images of a fault do not give: allowed is "
+            "that with images_per_fault=None"
         )
+    return tuple(rates)
+
+
+def _images_per_fault(
+    asked: int | str | None,
+    rates: Sequence[str] | None,
+    subject: tuple,
+    key: int | jax.Array,
+    workdir: str | os.PathLike | None,
+    sampling: dict[str, Any],
+    settings: dict[str, Any],
+) -> int | None:
+    """m, or None for all images. What "auto" finds depends on outcomes and arithmetic alone, not on
+    a clock: the same on every machine and when a campaign is continued."""
+    apply_fn, params, images, labels = subject
+    num_images = len(np.asarray(labels))
+    if asked is None or (asked == "auto" and rates and "faulty_accuracy" in rates):
+        return None
+    if asked != "auto":
+        if isinstance(asked, str):
+            raise ValueError(f'images_per_fault is {asked!r}: allowed are "auto", None, integers')
+        check_images_per_fault(asked, num_images)
+        return asked if asked < num_images else None
+    if num_images <= _PILOT_IMAGES:
+        return None
+    num_faults = min(_PILOT_FAULTS, _num_sites(params, sampling))
+    faults = sample_faults(nth_key(key, _PILOT_KEY), params, num_faults, by="network", **sampling)
+    pilot = run_campaign(
+        apply_fn, params, faults, images, labels,
+        images_per_fault=_PILOT_IMAGES, workdir=_folder(workdir, "pilot"), **settings,
+    )  # fmt: skip
+    between, within = max(
+        (_variances(pilot, rate) for rate in _asked(rates, _PILOT_IMAGES)), key=sum
+    )
+    batch_size = min(settings.get("batch_size", 100), num_images)
+    costs = explain(apply_fn, params, images, faults, batch_size=batch_size)
+    of_fault = sum(cost.num_faults * cost.columns for cost in costs) * batch_size
+    of_pair = sum(cost.num_faults * cost.suffix for cost in costs)
+    best = math.sqrt(within * of_fault / (between * of_pair)) if of_pair else num_images
+    count = min(max(1, round(best)), _MOST_IMAGES)
+    return count if count < num_images else None
+
+
+def _variances(campaign: Campaign, rate: str) -> tuple[float, float]:
+    """V between faults and W within one, of a pilot, which may have missed a little of each."""
+    pairs = pairs_that_count(campaign.results, rate)
+    num_faults, count = pairs.shape
+    within = (float(pairs.var(axis=1, ddof=1).mean()) * num_faults + 0.25) / (num_faults + 1)
+    between = (float(pairs.mean(axis=1).var()) * num_faults + 0.25) / (num_faults + 1)
+    return max(between - within / count, between / count), within
 
 
 def _layers_and_bits(
@@ -209,7 +311,7 @@ def _draw(key: jax.Array, params: PyTree, arguments: dict[str, Any], num_faults:
     return sample_faults(key, params, num_faults, **arguments)
 
 
-def _folder(workdir: str | os.PathLike | None, stage: int) -> Path | None:
+def _folder(workdir: str | os.PathLike | None, stage: int | str) -> Path | None:
     return None if workdir is None else Path(workdir) / f"stage-{stage}"
 
 
@@ -217,20 +319,44 @@ def _num_sites(params: PyTree, sampling: dict[str, Any]) -> int:
     return sample_faults(0, params, 0, **sampling).population
 
 
-def _shares(campaign: Campaign) -> np.ndarray:
+def _shares(campaign: Campaign, rates: Sequence[str] = Rates._fields) -> np.ndarray:
     """[F, rates], what each fault counts for each rate."""
-    columns = [per_fault_shares(campaign.results, rate) for rate in Rates._fields]
+    results = campaign.results
+    columns = [per_fault_shares(results, rate) for rate in rates]
     return np.stack(columns, axis=1)
 
 
-def _by_stratum(campaign: Campaign, belongs: np.ndarray, num_strata: int) -> list[np.ndarray]:
-    shares = _shares(campaign)
+def _shared(campaign: Campaign, rates: Sequence[str] = Rates._fields) -> np.ndarray:
+    """[rates], the variance of what faults have in common that saw the same images."""
+    results = campaign.results
+    if results.seen is None:
+        return np.zeros(len(rates))
+    seen = results.seen
+    pairs = (pairs_that_count(results, rate) for rate in rates)
+    return np.array([parts_of_variance(values, seen).shared for values in pairs])
+
+
+def _rates(campaign: Campaign, estimates: Sequence[Estimate], t: float) -> Rates:
+    """The estimates; faulty accuracy of sampled images is that of `Campaign.rates`."""
+    rates = Rates(*estimates)
+    if campaign.images is None:
+        return rates
+    stored = dataclasses.replace(campaign, pairs_correct=None)  # a directory does not keep them
+    return rates._replace(faulty_accuracy=stored.rates(t=t).faulty_accuracy)
+
+
+def _by_stratum(shares: np.ndarray, belongs: np.ndarray, num_strata: int) -> list[np.ndarray]:
     return [shares[belongs == stratum] for stratum in range(num_strata)]
 
 
 def _joined(stages: Sequence[Campaign]) -> Campaign:
     """One campaign of the faults of all stages, in their order."""
     first = stages[0]
+    golden = first.golden.copy()
+    images = [campaign.images for campaign in stages if campaign.images is not None]
+    for campaign in stages[1:]:  # of sampled images each stage ran those that its faults saw
+        unknown = np.isnan(golden).all(axis=1)
+        golden[unknown] = campaign.golden[unknown]
     idle = sum(campaign.num_not_activated for campaign in stages)
     pairs = [c.pairs_correct for c in stages if c.pairs_correct is not None]
     return dataclasses.replace(
@@ -240,5 +366,9 @@ def _joined(stages: Sequence[Campaign]) -> Campaign:
         due=np.concatenate([campaign.due for campaign in stages]),
         correct=np.concatenate([campaign.correct for campaign in stages]),
         pairs_correct=np.concatenate(pairs) if len(pairs) == len(stages) else None,
+        golden=golden,
+        images=None
+        if first.images is None
+        else np.concatenate([i for i in images if i is not None]),
         provenance={**first.provenance, "num_not_activated": idle},
     )

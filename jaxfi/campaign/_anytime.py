@@ -16,8 +16,11 @@ import numpy as np
 
 from jaxfi.outcomes._outcomes import Estimate
 
-# Draws so many faults of the seeded order; what each counts for each rate, [n, rates] in [0, 1].
-Measure = Callable[[int], np.ndarray]
+# Draws so many faults of the seeded order: what each counts for each rate, [n, rates] in [0, 1],
+# and the variance [rates] of what they have in common, which no number of them shows.
+Measure = Callable[[int], tuple[np.ndarray, np.ndarray]]
+
+FRESH = 2**62  # a population that draws leave as it is, as of faults and images drawn together
 
 
 def confidence_sequence(
@@ -56,11 +59,13 @@ def confidence_sequence(
 
 
 def anytime_estimate(
-    values: np.ndarray, population: int, margin: float, t: float = 2.58
+    values: np.ndarray, population: int, margin: float, t: float = 2.58, shared: float = 0.0
 ) -> Estimate:
     """The mean of the values so far, and the interval of their confidence sequence.
 
-    Arguments as in `confidence_sequence`. Of a census, the interval has no width.
+    Args:
+      values, population, margin, t: as in `confidence_sequence`; a census has no width.
+      shared: variance of what the values have in common.
     """
     mean = float(np.mean(values))
     if len(values) == population:
@@ -68,11 +73,17 @@ def anytime_estimate(
     centre, half = (
         float(array[-1]) for array in confidence_sequence(values, population, margin, t)
     )
+    half = math.hypot(half, t * math.sqrt(shared))
     return Estimate(mean, max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean)))
 
 
 def draw_until_kept(
-    measure: Measure, population: int, margin: float, t: float = 2.58, first: int = 500
+    measure: Measure,
+    population: int,
+    margin: float,
+    t: float = 2.58,
+    first: int = 500,
+    most: int | None = None,
 ) -> list[int]:
     """Draws until the half width of every rate is at most `margin`; the number of draws at each
     look, the last of which is enough.
@@ -80,27 +91,32 @@ def draw_until_kept(
     Args:
       measure: gives all values of the first n draws; asked for more and more of them.
       first: draws before the first look. How often one looks changes no guarantee.
+      most: draws that there are, where they are fewer than the population.
     """
-    looks = [min(first, population)]
+    most = population if most is None else most
+    looks = [min(first, most)]
     while True:
-        missing = max(_missing(column, population, margin, t) for column in measure(looks[-1]).T)
-        if missing == 0:
+        values, shared = measure(looks[-1])
+        columns = zip(values.T, shared, strict=True)
+        missing = max(_missing(column, population, margin, t, float(s)) for column, s in columns)
+        if missing == 0 or looks[-1] == most:
             return looks
         # What is predicted is uncertain at first: go at most four times as far.
         following = looks[-1] + max(missing, looks[-1] // 20)
-        looks.append(min(following, 4 * looks[-1], population))
+        looks.append(min(following, 4 * looks[-1], most))
 
 
-def _missing(values: np.ndarray, population: int, margin: float, t: float) -> int:
+def _missing(values: np.ndarray, population: int, margin: float, t: float, shared: float) -> int:
     """How many draws more the margin takes, if the next are as the last; 0 if it is kept."""
     num_drawn = len(values)
     half = confidence_sequence(values, population, margin, t)[1][-1]
-    if half <= margin or num_drawn == population:
+    if math.hypot(half, t * math.sqrt(shared)) <= margin or num_drawn == population:
         return 0
+    wanted = math.sqrt(max(margin**2 - t**2 * shared, (margin / 4) ** 2))
     variance = (float(np.var(values)) * num_drawn + 0.25) / (num_drawn + 1)
     bet = margin / (margin + variance)
-    gain = margin * bet - variance * (-math.log1p(-bet) - bet)  # evidence won by one draw
-    return math.ceil(_evidence(t) * (half / margin - 1) / gain) if gain > 0 else num_drawn
+    gain = wanted * bet - variance * (-math.log1p(-bet) - bet)  # evidence won by one draw
+    return math.ceil(_evidence(t) * max(half / wanted - 1, 0.05) / gain) if gain > 0 else num_drawn
 
 
 def _evidence(t: float) -> float:

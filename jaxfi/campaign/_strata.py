@@ -20,8 +20,9 @@ import numpy as np
 
 from jaxfi.outcomes._outcomes import Estimate
 
-# Given [H] numbers of faults, what the first so many of each stratum count: H arrays [n_h, rates].
-MeasureStrata = Callable[[np.ndarray], list[np.ndarray]]
+# Given [H] numbers of faults, what the first so many of each stratum count, H arrays [n_h, rates],
+# and the variance [rates] of what all of them have in common.
+MeasureStrata = Callable[[np.ndarray], tuple[list[np.ndarray], np.ndarray]]
 
 PILOT_LEAST = 2  # faults of a stratum; fewer show no difference
 _SLACK = 0.95  # aim for a margin a little narrower: the variances are not known exactly
@@ -96,7 +97,11 @@ class Stage(NamedTuple):
 
 
 def stage_estimate(
-    strata: Strata, shares: Sequence[np.ndarray], variances: np.ndarray, start: np.ndarray
+    strata: Strata,
+    shares: Sequence[np.ndarray],
+    variances: np.ndarray,
+    start: np.ndarray,
+    sampled: bool = False,
 ) -> Stage:
     """A stage's estimate from the faults after the first `start[h]` of each stratum.
 
@@ -106,21 +111,28 @@ def stage_estimate(
     Args:
       shares: of each stratum, [n_h, rates], up to and with this stage.
       variances: [H, rates], of the faults of a stratum.
+      sampled: a share is of some images, so that of all faults of a stratum the mean is not known.
     """
     left, new = strata.sites - start, np.array([len(s) for s in shares]) - start
     means = np.stack([
         (s[:n].sum(axis=0) + rest * (s[n:].mean(axis=0) if rest else 0)) / sites
         for s, n, rest, sites in zip(shares, start, left, strata.sites, strict=True)
     ])  # fmt: skip
-    some = np.maximum(new, 1)
-    factors = (
-        strata.weights**2 * (left / strata.sites) ** 2 * (1 - new / np.maximum(left, 1)) / some
-    )
+    some, rest = np.maximum(new, 1), left / strata.sites
+    if sampled:  # those before and the new ones, each as if no fault were used up
+        factors = rest**2 / some + (1 - rest) ** 2 / np.maximum(start, 1)
+    else:
+        factors = rest**2 * (1 - new / np.maximum(left, 1)) / some
+    factors = strata.weights**2 * factors
     return Stage(strata.weights @ means, factors @ variances)
 
 
 def stratified_estimates(
-    strata: Strata, shares: Sequence[np.ndarray], stages: Sequence[np.ndarray], t: float = 2.58
+    strata: Strata,
+    shares: Sequence[np.ndarray],
+    stages: Sequence[np.ndarray],
+    t: float = 2.58,
+    shared: np.ndarray | None = None,
 ) -> list[Estimate]:
     """Each rate over all sites, with its interval: the stages' estimates by their precision.
 
@@ -128,11 +140,11 @@ def stratified_estimates(
       shares: of each stratum, [n_h, rates] in [0, 1], of the faults measured.
       stages: [H] numbers of faults after each stage.
       t: cut-off of the normal distribution; 2.58 is 99 % confidence.
+      shared: [rates] variance of what all have in common, where a share is of some images.
     """
-    return [
-        _interval(float(mean), float(variance), t)
-        for mean, variance in zip(*_combined(strata, shares, stages), strict=True)
-    ]
+    means, variances = _combined(strata, shares, stages, shared is not None)
+    variances = variances if shared is None else variances + shared
+    return [_interval(float(m), float(v), t) for m, v in zip(means, variances, strict=True)]
 
 
 def _interval(mean: float, variance: float, t: float) -> Estimate:
@@ -149,37 +161,49 @@ def _interval(mean: float, variance: float, t: float) -> Estimate:
 
 
 def draw_strata_until_kept(
-    measure: MeasureStrata, strata: Strata, margin: float, t: float = 2.58, pilot: int = 1000
+    measure: MeasureStrata,
+    strata: Strata,
+    margin: float,
+    t: float = 2.58,
+    pilot: int = 1000,
+    sampled: bool = False,
 ) -> list[np.ndarray]:
     """Pilot, then Neyman's allocation, until the half width of every rate is at most `margin`.
 
     Args:
       measure: gives the shares of the first n_h faults of each stratum; asked for more and more.
       pilot: faults of the pilot; at least two a stratum are taken.
+      sampled: a share is of some images of the fault.
 
     Returns:
       [H] numbers of faults after each stage, the last of which are enough.
     """
     stages = [pilot_counts(strata, pilot)]
     while True:
-        shares = measure(stages[-1])
-        found, left = stratified_estimates(strata, shares, stages, t), strata.sites - stages[-1]
+        shares, shared = measure(stages[-1])
+        found = stratified_estimates(strata, shares, stages, t, shared if sampled else None)
+        left = strata.sites - stages[-1]
         if max(rate.high - rate.low for rate in found) <= 2 * margin or not left.any():
             return stages
-        reached = _combined(strata, shares, stages).variances
-        precision = 1 / (_SLACK * (margin / t) ** 2) - 1 / np.maximum(reached, 1e-300)
+        reached = _combined(strata, shares, stages, sampled).variances
+        allowed = _SLACK * (margin / t) ** 2
+        precision = 1 / np.maximum(allowed - shared, allowed / 4) - 1 / np.maximum(reached, 1e-300)
         goals = np.where(precision > 0, 1 / np.maximum(precision, 1e-300), np.inf)
         variances = stratum_variances(strata, shares)
         stages.append(stages[-1] + neyman_counts(strata, variances, left, goals))
 
 
-def _combined(strata: Strata, shares: Sequence[np.ndarray], stages: Sequence[np.ndarray]) -> Stage:
+def _combined(
+    strata: Strata, shares: Sequence[np.ndarray], stages: Sequence[np.ndarray], sampled: bool
+) -> Stage:
     """The stages' estimates, weighted by their faults: not by their variances, which are estimated
     together with the means, and low where these are."""
     variances = stratum_variances(strata, shares)
     starts = [np.zeros_like(stages[0]), *stages[:-1]]
     found = [
-        stage_estimate(strata, [s[:n] for s, n in zip(shares, stop, strict=True)], variances, start)
+        stage_estimate(
+            strata, [s[:n] for s, n in zip(shares, stop, strict=True)], variances, start, sampled
+        )
         for start, stop in zip(starts, stages, strict=True)
     ]
     size = np.array([(stop - start).sum() for start, stop in zip(starts, stages, strict=True)])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from jaxfi import exhaustive_faults, run_campaign
-from jaxfi.campaign import run_sequential, run_stratified
+from jaxfi.campaign import _adaptive, run_sequential, run_stratified
 from jaxfi.campaign._adaptive import _layers_and_bits
 from jaxfi.campaign._anytime import anytime_estimate, confidence_sequence, draw_until_kept
+from jaxfi.campaign._sample import draw_sample
 from jaxfi.campaign._strata import (
     Strata,
     draw_strata_until_kept,
@@ -65,7 +67,7 @@ def test_sequential_coverage_is_at_least_nominal(name: str) -> None:
     missed, margin, t = 0, 0.06, 1.96
     for _ in range(300):
         order = generator.permutation(population)[:, None]
-        stop = draw_until_kept(lambda n, o=order: o[:n], 5000, margin, t, first=50)[-1]
+        stop = draw_until_kept(lambda n, o=order: (o[:n], [0.0]), 5000, margin, t, first=50)[-1]
         found = anytime_estimate(order[:stop, 0], 5000, margin, t)
         assert found.high - found.low <= 2 * margin + 1e-12
         missed += not found.low <= population.mean() <= found.high
@@ -94,7 +96,7 @@ def test_an_ordinary_interval_would_not_do() -> None:
 
 def test_a_census_ends_the_sequence() -> None:
     values = np.random.default_rng(0).random((60, 2))
-    looks = draw_until_kept(lambda n: values[:n], 60, margin=0.001)
+    looks = draw_until_kept(lambda n: (values[:n], [0.0] * 2), 60, margin=0.001)
     assert looks[-1] == 60
     estimate = anytime_estimate(values[:, 0], 60, 0.001)
     assert estimate.low == estimate.high == pytest.approx(values[:, 0].mean())
@@ -103,6 +105,7 @@ def test_a_census_ends_the_sequence() -> None:
 # Strata
 
 
+NOTHING = np.zeros(2)
 STRATA = Strata(np.repeat([2_000, 60_000, 4_000], 8), np.tile(np.arange(8), 3))
 
 
@@ -124,9 +127,9 @@ def test_stratified_coverage_and_saving() -> None:
     margin, t, missed, sizes = 0.01, 1.96, np.zeros(2), []
     for _ in range(200):
         orders = [generator.permutation(shares) for shares in population]
-        measure = lambda counts, o=orders: [x[:n] for x, n in zip(o, counts, strict=True)]  # noqa: E731
+        measure = lambda c, o=orders: ([x[:n] for x, n in zip(o, c, strict=True)], NOTHING)  # noqa: E731
         stages = draw_strata_until_kept(measure, STRATA, margin, t, pilot=300)
-        found = stratified_estimates(STRATA, measure(stages[-1]), stages, t)
+        found = stratified_estimates(STRATA, measure(stages[-1])[0], stages, t)
         assert all(rate.high - rate.low <= 2 * margin for rate in found)
         missed += [not r.low <= x <= r.high for r, x in zip(found, truth, strict=True)]
         sizes.append(stages[-1].sum())
@@ -157,7 +160,7 @@ def test_pilot_reaches_every_stratum_that_has_sites() -> None:
 # On a network
 
 
-def small_network() -> tuple:
+def small_network(num_images: int = 16) -> tuple:
     generator = np.random.default_rng(0)
     params = {"a": {"kernel": generator.normal(size=(6, 5)).astype(np.float32)},
               "b": {"kernel": generator.normal(size=(5, 3)).astype(np.float32),
@@ -166,8 +169,8 @@ def small_network() -> tuple:
     def apply_fn(p, x):
         return (x @ p["a"]["kernel"]).clip(0) @ p["b"]["kernel"] + p["b"]["bias"][None]
 
-    images = generator.normal(size=(16, 6)).astype(np.float32)
-    return apply_fn, params, images, generator.integers(0, 3, 16)
+    images = generator.normal(size=(num_images, 6)).astype(np.float32)
+    return apply_fn, params, images, generator.integers(0, 3, num_images)
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +179,13 @@ def census() -> Rates:
     return run_campaign(apply_fn, params, exhaustive_faults(params), images, labels).rates()
 
 
+@pytest.mark.parametrize("count", [None, "auto", 3])
 @pytest.mark.parametrize("run", [run_sequential, run_stratified])
-def test_adaptive_campaign_finds_the_census(run, census: Rates, tmp_path) -> None:
-    settings = {"key": 7, "margin": 0.06, "batch_size": 8}
+def test_adaptive_campaign_finds_the_census(run, count, census: Rates, tmp_path) -> None:
+    settings = {"key": 7, "margin": 0.06, "batch_size": 8, "images_per_fault": count}
     found = run(*small_network(), **settings)
     for name, rate, true in zip(Rates._fields, found.rates, census, strict=True):
-        assert rate.high - rate.low <= 2 * 0.06 + 1e-12
+        assert rate.high - rate.low <= 2 * 0.06 + 1e-12 or (count and name == "faulty_accuracy")
         assert rate.low <= true.value <= rate.high, name
     faults = found.campaign.faults
     sites = set(zip(faults.leaf, faults.element, faults.bit, strict=True))
@@ -191,11 +195,53 @@ def test_adaptive_campaign_finds_the_census(run, census: Rates, tmp_path) -> Non
     assert again.rates == found.rates
     resumed = run(*small_network(), **settings, workdir=tmp_path)
     assert resumed.rates == found.rates
-    assert len(list(tmp_path.iterdir())) == len(found.stages)
+    assert len(list(tmp_path.iterdir())) == len(found.stages) + (count == "auto")
+    assert found.images_per_fault == (16 if count is None else found.campaign.images.shape[1])
+    assert found.num_pairs == found.images_per_fault * len(faults)
+    assert found.num_pairs_fixed == found.num_fixed * 16
+    assert found.campaign[:9].outcomes.shape == (9, found.images_per_fault)
+
+
+@pytest.mark.parametrize("run", [run_sequential, run_stratified])
+def test_sampled_pairs_are_those_of_all_images(run) -> None:
+    found = run(*small_network(), margin=0.06, batch_size=8, images_per_fault=3).campaign
+    apply_fn, params, images, labels = small_network()
+    every = run_campaign(apply_fn, params, found.faults, images, labels, batch_size=8)
+    rows = np.arange(len(found.faults))[:, None]
+    np.testing.assert_array_equal(found.outcomes, every.outcomes[rows, found.images])
+    seen = np.unique(found.images)
+    np.testing.assert_array_equal(found.golden[seen], every.golden[seen])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"images_per_fault": 17}, "images_per_fault 17 is out of range"),
+        ({"images_per_fault": 0}, "images_per_fault 0 is out of range"),
+        ({"images_per_fault": "all"}, "images_per_fault is 'all': allowed are \"auto\", None, int"),
+        ({"rates": ["mask"]}, r"rates is \['mask'\]: allowed are some of masked, non_critical"),
+        ({"rates": "masked"}, "rates is 'masked': allowed are some of"),
+        ({"rates": []}, "allowed are some of"),
+        ({"rates": ["faulty_accuracy"], "images_per_fault": 3}, "whose margin few images of a"),
+    ],
+)
+def test_what_is_no_question_is_named(settings, message) -> None:
+    for run in (run_sequential, run_stratified):
+        with pytest.raises(ValueError, match=message):
+            run(*small_network(), **settings)
+
+
+def test_only_the_rates_that_are_asked_for_must_be_known() -> None:
+    all_images = {"margin": 0.03, "images_per_fault": None, "first": 50}
+    due = run_sequential(*small_network(), rates=["due"], **all_images)
+    every = run_sequential(*small_network(), **all_images)
+    assert due.stages[-1] < every.stages[-1]
+    assert due.rates.due.high - due.rates.due.low <= 0.06 + 1e-12
 
 
 def test_sequential_order_does_not_depend_on_the_margin() -> None:
-    runs = [run_sequential(*small_network(), margin=margin, first=40) for margin in (0.2, 0.1)]
+    settings = {"first": 40, "images_per_fault": None}
+    runs = [run_sequential(*small_network(), margin=m, **settings) for m in (0.2, 0.1)]
     short, long = (run.campaign for run in runs)
     assert len(short.faults) < len(long.faults)
     assert short.faults == long.faults[: len(short.faults)]
@@ -224,3 +270,39 @@ def test_whole_word_faults_have_one_stratum_a_layer() -> None:
     assert set(found.campaign.faults.bit) == {-1}
     pairs = list(itertools.pairwise(found.stages))
     assert all(a < b for a, b in pairs)
+
+
+@pytest.mark.parametrize("count", [1, 4, "auto"])
+@pytest.mark.parametrize("run", [run_sequential, run_stratified])
+def test_sampled_intervals_hold(run, count, monkeypatch) -> None:
+    """On every outcome of a network, looked up: 95 % must hold in 95 %, but for chance."""
+    apply_fn, params, images, labels = small_network(60)
+    every = exhaustive_faults(params)
+    census = run_campaign(apply_fn, params, every, images, labels, batch_size=20)
+    truth = census.rates()
+    sites = zip(every.leaf.tolist(), every.element.tolist(), every.bit.tolist(), strict=True)
+    row_of = {site: row for row, site in enumerate(sites)}
+
+    def looked_up(apply_fn, params, faults, images, labels, images_per_fault, seed, **_):
+        sites = zip(faults.leaf.tolist(), faults.element.tolist(), faults.bit.tolist(), strict=True)
+        rows = np.array([row_of[site] for site in sites])
+        pairs = rows[:, None], draw_sample(faults, 60, images_per_fault, 20, seed).images
+        correct = census.pairs_correct[pairs]
+        return dataclasses.replace(
+            census, faults=faults, outcomes=census.outcomes[pairs], due=census.due[pairs],
+            correct=correct.sum(axis=1), pairs_correct=correct, images=pairs[1],
+        )  # fmt: skip
+
+    monkeypatch.setattr(_adaptive, "run_campaign", looked_up)
+    first = {"first" if run is run_sequential else "pilot": 100}
+    repeats, margin, missed = 120, 0.05, np.zeros(5)
+    for key in range(repeats):
+        found = run(
+            apply_fn, params, images, labels, key=key, seed=key, margin=margin, t=1.96,
+            images_per_fault=count, batch_size=20, **first,
+        )  # fmt: skip
+        widths = [(r.high - r.low) / 2 for r in found.rates[:4]]
+        assert max(widths) <= margin + 1e-9 or len(found.campaign.faults) == len(every)
+        missed += [not r.low <= x.value <= r.high for r, x in zip(found.rates, truth, strict=True)]
+    # A fair coin of 5 % exceeds 12 of 120 in one case of 100.
+    assert (missed <= 12).all(), missed

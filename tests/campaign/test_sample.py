@@ -133,13 +133,6 @@ def test_numbers_that_cannot_be_drawn(count, error, message) -> None:
         jaxfi.run_campaign(*arguments(plain_mlp), images_per_fault=count)
 
 
-@pytest.mark.parametrize("run", [jaxfi.run_sequential, jaxfi.run_stratified])
-def test_adaptive_campaigns_take_all_images(run) -> None:
-    apply_fn, params, _, images, labels = arguments(plain_mlp)
-    with pytest.raises(ValueError, match="images_per_fault is not for adaptive campaigns"):
-        run(apply_fn, params, images, labels, images_per_fault=3)
-
-
 # Draws
 
 
