@@ -3,8 +3,9 @@
     python -m experiments.benchmarks.adaptive --network=lenet --dataset=digits --num_images=100 \\
         --checkpoint=runs/digits/networks/default --margin=0.01
 
-Three campaigns on the same network, images and margin: the fixed sample, `sample_size` faults;
-`run_sequential`; `run_stratified`. Without --checkpoint the weights are the initial ones.
+Three campaigns on the same network, images and margin, each fault on all images: the fixed sample,
+`sample_size` faults; `run_sequential`; `run_stratified`. Without --checkpoint the weights are the
+initial ones.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def subject() -> dict[str, Any]:
         "images": normalise(images, dataset.mean, dataset.std),
         "labels": dataset.test_labels[: _NUM_IMAGES.value],
         "batch_size": _BATCH_SIZE.value,
+        "images_per_fault": None,  # all
     }
 
 
