@@ -26,3 +26,13 @@ def reference_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"JAXFI_REFERENCE_DIR={folder} is not a folder")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _every_leaf_is_divided(request, monkeypatch) -> None:
+    """As if compiling took no time: small campaigns would re-run the network, which tests little.
+    `pytest.mark.as_users_run` leaves it."""
+    if "as_users_run" not in request.keywords:
+        monkeypatch.setattr(
+            "jaxfi.campaign._run.chosen_plans", lambda network, plans, *others: dict(plans)
+        )

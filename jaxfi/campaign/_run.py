@@ -39,6 +39,7 @@ from jaxfi.campaign._workers import (
     start_workers,
 )
 from jaxfi.engine._cache import programs_kept
+from jaxfi.engine._choice import chosen_plans
 from jaxfi.engine._compilation import own_settings
 from jaxfi.engine._engines import whole_programs
 from jaxfi.engine._explain import LeafCost, leaf_costs, plan_text
@@ -151,7 +152,8 @@ def run_campaign(
         function = network_function(network)
         numbers = range(len(batches)) if sample is None else sample.batches(batch_size)
         whole, _ = whole_programs(programs, function)
-        golden, speed = golden_run(whole, params, batches, len(labels), numbers)
+        first = golden_run(whole, params, batches, len(labels), numbers)
+        golden = first.outputs
         run = functools.partial(whole, params)
         last = None
         if numbers[-1] == len(batches) - 1:
@@ -159,16 +161,22 @@ def run_campaign(
         check_last_batch(network, run, batches, len(labels), last)
         warn_of_idle_faults(network, faults.leaf)
         warn_of_non_finite(golden)
+        held = len(batches) if sample is None else sample.batches_of_a_fault(batch_size)
+        plans = chosen_plans(network, plans, costs, programs, first, batch_size, held, num_images)
         setup = Setup(
             network, function, params, batches, labels, golden, nan, memory, plans, order, programs
         )
+        # Of the plans, which depend on shapes alone: each process of a job sees the same blocks.
         prices = {leaf: leaf_price(cost) for leaf, cost in zip(leaves, costs, strict=True)}
         work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices, sample)
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
                 held = min(-(-num_images // batch_size) * batch_size, len(labels))
-                plan = plan_text(costs, num_images, len(batches), memory, speed, held)
+                costs = leaf_costs(network, plans.values(), faults.leaf)
+                plan = plan_text(
+                    costs, num_images, len(batches), memory, first.seconds_per_image, held
+                )
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()

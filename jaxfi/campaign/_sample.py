@@ -36,6 +36,11 @@ class Sample(NamedTuple):
         """[F, m] int32, each fault's images."""
         return self.order[self.places].astype(np.int32)
 
+    def batches_of_a_fault(self, batch_size: int) -> float:
+        """How many hold its images, on average."""
+        numbers = np.sort(self.places // batch_size, axis=1)
+        return 1 + float(np.mean(np.count_nonzero(np.diff(numbers, axis=1), axis=1)))
+
     def batches(self, batch_size: int) -> list[int]:
         """The numbers of those that any fault sees."""
         return np.unique(self.places // batch_size).tolist()

@@ -31,7 +31,8 @@ class LeafCost(NamedTuple):
     Attributes:
       path: the leaf.
       method: "columns", "slice" (no rule: the suffix, one fault at a time) or "unreached". Of the
-        first two, a campaign makes "whole" (plain re-execution) if a golden batch asks for it.
+        first two, a campaign makes "whole" (plain re-execution) if a golden batch asks for it, or
+        if the faults are so few that compiling would take longer.
       reason: why not columns; empty if columns.
       num_faults: faults in it.
       columns: arithmetic of the columns for one (fault, image), as a share of the network's.
@@ -189,8 +190,11 @@ def _duration(seconds: float) -> str:
 
 def _cost(network: Network, plan: LeafPlan, num_faults: int) -> LeafCost:
     whole = max(1, network_arithmetic(network))
+    path = network.paths[plan.leaf]
+    if plan.method == "whole":
+        return LeafCost(path, plan.method, plan.reason, num_faults, 0.0, 1.0, 0, 0)
     return LeafCost(
-        path=network.paths[plan.leaf],
+        path=path,
         method=plan.method,
         reason=plan.reason,
         num_faults=num_faults,

@@ -359,6 +359,11 @@ class Programs:
         return climb(layer_dot(equation)(of_block[0], weights), *of_block[1:])
 
 
+def is_compiled(plan: LeafPlan, programs: dict) -> bool:
+    """Whether a campaign has run the plan before, with these programs."""
+    return ("columns", _columns_key(plan)) in programs
+
+
 def _columns_key(plan: LeafPlan) -> tuple:
     """All of a plan that its columns and packing depend on."""
     steps = tuple((id(step.equation), step.columns) for step in plan.steps)

@@ -1,0 +1,74 @@
+"""Which leaves are worth compiling for."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxfi import run_campaign, sample_faults
+from jaxfi.campaign import _run
+from jaxfi.engine._choice import chosen_plans
+from jaxfi.engine._explain import leaf_costs
+from jaxfi.engine._golden import GoldenRun
+from jaxfi.engine._plan import plan_leaves
+from jaxfi.network import trace_network
+from tests.conformance_models import plain_conv, vision_transformer
+from tests.engine.test_conformance import faults_in_every_leaf
+from tests.engine.test_engine import data
+
+IMAGE, COMPILING = 1e-3, 0.2  # seconds
+
+
+def ways(num_faults: int, num_batches: int = 10, compiling: float = COMPILING, programs=None):
+    """Of each leaf with so many faults, how it runs."""
+    apply_fn, params, shape = plain_conv()
+    batch = jax.ShapeDtypeStruct((100, *shape), np.float32)
+    network = trace_network(apply_fn, params, batch)
+    leaves = np.repeat(np.arange(len(network.leaves)), num_faults)
+    plans = plan_leaves(network, np.unique(leaves).tolist())
+    costs = leaf_costs(network, plans.values(), leaves)
+    golden = GoldenRun(np.zeros((1, 2)), IMAGE, compiling)
+    programs = {} if programs is None else programs
+    found = chosen_plans(
+        network, plans, costs, programs, golden, 100, num_batches, 100 * num_batches
+    )
+    return {plan.method for plan in found.values()}, found
+
+
+def test_few_faults_rerun_and_many_are_divided() -> None:
+    assert ways(1, num_batches=1)[0] == {"whole"}
+    assert ways(500)[0] == {"columns"}
+    _, found = ways(1, num_batches=1)
+    assert "compiling" in next(iter(found.values())).reason
+
+
+def test_a_slow_compiler_asks_for_more_faults() -> None:
+    methods = [ways(2, 1, compiling)[0] for compiling in (1e-3, 0.1, 4.0)]
+    assert methods[-1] == {"whole"}
+    programs: dict = {}
+    ways(2, 1, 4.0, programs)
+    assert programs["pace"] > 10
+    assert ways(2, 1, 0.0, programs)[0] == {"whole"}  # compiled before: the pace is remembered
+
+
+@pytest.mark.as_users_run
+@pytest.mark.parametrize("model", [plain_conv, vision_transformer], ids=lambda m: m.__name__)
+def test_the_outcomes_do_not_depend_on_it(model, monkeypatch) -> None:
+    apply_fn, params, shape = model()
+    faults = faults_in_every_leaf(params)
+    arguments = (apply_fn, params, faults, *data(shape))
+    chosen = run_campaign(*arguments, batch_size=5)
+    monkeypatch.setattr(_run, "chosen_plans", lambda network, plans, *others: dict(plans))
+    divided = run_campaign(*arguments, batch_size=5)
+    np.testing.assert_array_equal(chosen.outcomes, divided.outcomes)
+    np.testing.assert_array_equal(chosen.due, divided.due)
+
+
+@pytest.mark.as_users_run
+def test_a_small_campaign_compiles_little(capsys) -> None:
+    apply_fn, params, shape = plain_conv()
+    images, labels = data(shape)
+    run_campaign(apply_fn, params, sample_faults(0, params, 9), images, labels, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert {line.split()[2] for line in lines if line.startswith(("conv", "out"))} == {"whole"}
