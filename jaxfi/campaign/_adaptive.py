@@ -13,7 +13,7 @@ import functools
 import glob
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +30,12 @@ from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._layers import layers_of
 from jaxfi.faults._list import FaultList, Stratum
 from jaxfi.faults._sampling import fault_population, nth_key, sample_faults, sample_size
+from jaxfi.faults._sites import checked_integer
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn
+from jaxfi.network._images import images_shape
 from jaxfi.outcomes._outcomes import Estimate, Rates, pairs_that_count, per_fault_shares
-from jaxfi.outcomes._two_stage import parts_of_variance
+from jaxfi.outcomes._two_stage import clean_accuracy, parts_of_variance
 
 _OF_PAIRS = Rates._fields[:4]
 _PILOT_FAULTS, _PILOT_IMAGES = 200, 8  # of the pilot that chooses m
@@ -115,30 +117,26 @@ def run_sequential(
 
     Raises as `run_campaign` and `sample_faults`.
     """
-    sampling, t = dict(sampling or {}), checked_cutoff(t, confidence)
+    checked_integer("first", first, 1)
+    subject = _Subject(apply_fn, params, images, labels, key, workdir, sampling or {}, settings)
+    t = checked_cutoff(t, confidence)
     num_fixed = sample_size(fault_population(params), margin, t)
-    num_sites = _num_sites(params, sampling)
-    subject = (apply_fn, params, images, labels)
-    settings["images_per_fault"] = count = _images_per_fault(
-        images_per_fault, rates, subject, key, workdir, sampling, settings
-    )
-    asked = _asked(rates, count)
-    population = num_sites if count is None else FRESH
-    done: list[Campaign] = []
+    num_sites = _num_sites(params, subject.sampling)
+    for count, asked, stages in _attempts(subject, images_per_fault, rates):
+        population = num_sites if count is None else FRESH
 
-    def measure(num_faults: int) -> tuple[np.ndarray, np.ndarray]:
-        start = sum(len(campaign.faults) for campaign in done)
-        faults = sample_faults(key, params, num_faults, by="network", **sampling)
-        done.append(run_campaign(apply_fn, params, faults[start:], images, labels,
-                                 workdir=_folder(workdir, len(done)), **settings))  # fmt: skip
-        campaign = _joined(done)
-        return _shares(campaign, asked), _shared(campaign, asked)
+        def measure(num_faults: int) -> tuple[np.ndarray, np.ndarray]:
+            faults = sample_faults(key, params, num_faults, by="network", **subject.sampling)
+            campaign = stages.run(faults[stages.num_faults :])  # noqa: B023
+            return _shares(campaign, asked), _shared(campaign, asked)  # noqa: B023
 
-    stages = draw_until_kept(measure, population, margin, t, first, num_sites)
-    campaign = _joined(done)
-    columns = zip(_shares(campaign).T, _shared(campaign), strict=True)
-    estimates = [anytime_estimate(v, population, margin, t, float(s)) for v, s in columns]
-    return AdaptiveCampaign(campaign, _rates(campaign, estimates, t), tuple(stages), num_fixed)
+        looks = draw_until_kept(measure, population, margin, t, first, num_sites)
+        columns = zip(_shares(stages.campaign).T, _shared(stages.campaign), strict=True)
+        estimates = [anytime_estimate(v, population, margin, t, float(s)) for v, s in columns]
+        found = _rates(stages.campaign, estimates, t)
+        if count is None or _are_within(margin, found, asked):
+            break
+    return AdaptiveCampaign(stages.campaign, found, tuple(looks), num_fixed)
 
 
 def run_stratified(
@@ -171,92 +169,131 @@ def run_stratified(
 
     Raises as `run_campaign` and `sample_faults`.
     """
-    sampling, t = dict(sampling or {}), checked_cutoff(t, confidence)
+    checked_integer("pilot", pilot, 1)
+    subject = _Subject(apply_fn, params, images, labels, key, workdir, sampling or {}, settings)
+    t = checked_cutoff(t, confidence)
     num_fixed = sample_size(fault_population(params), margin, t)
-    subject = (apply_fn, params, images, labels)
-    settings["images_per_fault"] = count = _images_per_fault(
-        images_per_fault, rates, subject, key, workdir, sampling, settings
-    )
-    asked = _asked(rates, count)
-    strata, drawers = _layers_and_bits(key, params, sampling, pilot)
-    done: list[Campaign] = []
-    belongs: list[np.ndarray] = []  # of each stage, the stratum of each fault
+    strata, drawers = _layers_and_bits(key, params, subject.sampling, pilot)
+    for count, asked, stages in _attempts(subject, images_per_fault, rates):
+        belongs: list[np.ndarray] = []  # of each stage, the stratum of each fault
 
-    def measure(counts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        before = np.bincount(np.concatenate([[], *belongs]).astype(int), minlength=len(counts))
-        faults = functools.reduce(lambda a, b: a + b, (
-            draw(int(stop))[start:]
-            for draw, start, stop in zip(drawers, before, counts, strict=True) if stop > start
-        ))  # fmt: skip
-        done.append(run_campaign(apply_fn, params, faults, images, labels,
-                                 workdir=_folder(workdir, len(done)), **settings))  # fmt: skip
-        belongs.append(np.repeat(np.arange(len(counts)), counts - before))
-        campaign = _joined(done)
-        shares = _by_stratum(_shares(campaign, asked), np.concatenate(belongs), len(counts))
-        return shares, _shared(campaign, asked)
+        def measure(counts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+            before = np.bincount(np.concatenate([[], *belongs]).astype(int), minlength=len(counts))  # noqa: B023
+            faults = functools.reduce(lambda a, b: a + b, (
+                draw(int(stop))[start:]
+                for draw, start, stop in zip(drawers, before, counts, strict=True) if stop > start
+            ))  # fmt: skip
+            belongs.append(np.repeat(np.arange(len(counts)), counts - before))  # noqa: B023
+            campaign = stages.run(faults)  # noqa: B023
+            shares = _by_stratum(_shares(campaign, asked), np.concatenate(belongs), len(counts))  # noqa: B023
+            return shares, _shared(campaign, asked)  # noqa: B023
 
-    sampled = count is not None
-    stages = draw_strata_until_kept(measure, strata, margin, t, pilot, sampled)
-    campaign = _joined(done)
-    shares = _by_stratum(_shares(campaign), np.concatenate(belongs), len(drawers))
-    shared = _shared(campaign) if sampled else None
-    estimates = stratified_estimates(strata, shares, stages, t, shared)
-    looks = tuple(int(stage.sum()) for stage in stages)
-    return AdaptiveCampaign(campaign, _rates(campaign, estimates, t), looks, num_fixed)
+        sampled = count is not None
+        looks = draw_strata_until_kept(measure, strata, margin, t, pilot, sampled)
+        campaign = stages.campaign
+        shares = _by_stratum(_shares(campaign), np.concatenate(belongs), len(drawers))
+        shared = _shared(campaign) if sampled else None
+        found = _rates(campaign, stratified_estimates(strata, shares, looks, t, shared), t)
+        if count is None or _are_within(margin, found, asked):
+            break
+    num_run = tuple(int(look.sum()) for look in looks)
+    return AdaptiveCampaign(campaign, found, num_run, num_fixed)
 
 
-def _asked(rates: Sequence[str] | None, images_per_fault: int | None) -> tuple[str, ...]:
+class _Subject(NamedTuple):
+    """What is asked about: the arguments that both campaigns share."""
+
+    apply_fn: ApplyFn
+    params: PyTree
+    images: Any
+    labels: Any
+    key: int | jax.Array
+    workdir: str | os.PathLike | None
+    sampling: dict[str, Any]
+    settings: dict[str, Any]
+
+    def run(self, faults: FaultList, folder: str, seed: int, count: int | None) -> Campaign:
+        """A campaign in a folder of its own, which draws images of its own."""
+        settings = dict(self.settings)
+        if seed:
+            settings["seed"] = settings.get("seed", 0) + seed
+        return run_campaign(
+            self.apply_fn, self.params, faults, self.images, self.labels, images_per_fault=count,
+            workdir=None if self.workdir is None else Path(self.workdir) / folder, **settings,
+        )  # fmt: skip
+
+
+class _Stages:
+    """What ran so far, on m images of each fault (None: all)."""
+
+    def __init__(self, subject: _Subject, count: int | None, folder: str):
+        self._subject, self._count, self._folder = subject, count, folder
+        self._done: list[Campaign] = []
+        self.num_faults = 0
+
+    def run(self, faults: FaultList) -> Campaign:
+        """Runs these faults too; all that ran."""
+        number = len(self._done)
+        folder = f"{self._folder}stage-{number}"
+        self._done.append(self._subject.run(faults, folder, number, self._count))
+        self.num_faults += len(faults)
+        self.campaign = _joined(self._done)
+        return self.campaign
+
+
+def _attempts(
+    subject: _Subject, asked: int | str | None, rates: Sequence[str] | None
+) -> Iterator[tuple[int | None, tuple[str, ...], _Stages]]:
+    """m, the rates that must be within the margin, and where stages go; more images again and again
+    where all faults on m of them did not give the margin. Checks before any work."""
+    num_images = images_shape(subject.images).shape[0]
+    rates = _asked(rates, None if asked is None else 1)
+    if isinstance(asked, str):
+        if asked != "auto":
+            raise ValueError(f'images_per_fault is {asked!r}: allowed are "auto", None, integers')
+        sees_all = "faulty_accuracy" in rates or num_images <= _PILOT_IMAGES
+        count = None if sees_all else _best_images(subject, rates, num_images)
+    else:
+        count = asked
+        if count is not None:
+            check_images_per_fault(count, num_images)
+    folder = ""
+    while count is not None and count < num_images:
+        yield count, rates, _Stages(subject, count, folder)
+        count *= 4
+        folder = f"images-{min(count, num_images)}/"
+    yield None, rates, _Stages(subject, None, folder)
+
+
+def _asked(rates: Iterable[str] | None, images_per_fault: int | None) -> tuple[str, ...]:
     """The rates that must be within the margin; ValueError for one that does not exist."""
     if rates is None:
         return Rates._fields if images_per_fault is None else _OF_PAIRS
-    if isinstance(rates, str) or not rates or set(rates) - set(Rates._fields):
+    names = [rates] if isinstance(rates, str) or not isinstance(rates, Iterable) else list(rates)
+    if isinstance(rates, str) or not names or any(name not in Rates._fields for name in names):
         raise ValueError(f"rates is {rates!r}: allowed are some of {', '.join(Rates._fields)}")
-    if images_per_fault is not None and "faulty_accuracy" in rates:
-        raise ValueError(
-            "rates has faulty_accuracy, whose margin few images of a fault do not give: allowed is "
-            "that with images_per_fault=None"
-        )
-    return tuple(rates)
+    return tuple(map(str, names))
 
 
-def _images_per_fault(
-    asked: int | str | None,
-    rates: Sequence[str] | None,
-    subject: tuple,
-    key: int | jax.Array,
-    workdir: str | os.PathLike | None,
-    sampling: dict[str, Any],
-    settings: dict[str, Any],
-) -> int | None:
-    """m, or None for all images. What "auto" finds depends on outcomes and arithmetic alone, not on
-    a clock: the same on every machine and when a campaign is continued."""
-    apply_fn, params, images, labels = subject
-    num_images = len(np.asarray(labels))
-    if asked is None or (asked == "auto" and rates and "faulty_accuracy" in rates):
-        return None
-    if asked != "auto":
-        if isinstance(asked, str):
-            raise ValueError(f'images_per_fault is {asked!r}: allowed are "auto", None, integers')
-        check_images_per_fault(asked, num_images)
-        return asked if asked < num_images else None
-    if num_images <= _PILOT_IMAGES:
-        return None
-    num_faults = min(_PILOT_FAULTS, _num_sites(params, sampling))
-    faults = sample_faults(nth_key(key, _PILOT_KEY), params, num_faults, by="network", **sampling)
-    pilot = run_campaign(
-        apply_fn, params, faults, images, labels,
-        images_per_fault=_PILOT_IMAGES, workdir=_folder(workdir, "pilot"), **settings,
-    )  # fmt: skip
-    between, within = max(
-        (_variances(pilot, rate) for rate in _asked(rates, _PILOT_IMAGES)), key=sum
-    )
-    batch_size = min(settings.get("batch_size", 100), num_images)
-    costs = explain(apply_fn, params, images, faults, batch_size=batch_size)
+def _are_within(margin: float, rates: Rates, asked: Sequence[str]) -> bool:
+    found = (getattr(rates, name) for name in asked)
+    return all(rate.high - rate.low <= 2 * margin * (1 + 1e-9) for rate in found)
+
+
+def _best_images(subject: _Subject, rates: Sequence[str], num_images: int) -> int:
+    """The m whose interval is narrowest for the arithmetic, by a pilot that no rate uses. It is of
+    outcomes and shapes, not of a clock: the same on every machine, and when it is continued."""
+    num_faults = min(_PILOT_FAULTS, _num_sites(subject.params, subject.sampling))
+    key = nth_key(subject.key, _PILOT_KEY)
+    faults = sample_faults(key, subject.params, num_faults, by="network", **subject.sampling)
+    pilot = subject.run(faults, "stage-pilot", 0, _PILOT_IMAGES)
+    between, within = max((_variances(pilot, rate) for rate in rates), key=sum)
+    batch_size = min(subject.settings.get("batch_size", 100), num_images)
+    costs = explain(subject.apply_fn, subject.params, subject.images, faults, batch_size=batch_size)
     of_fault = sum(cost.num_faults * cost.columns for cost in costs) * batch_size
     of_pair = sum(cost.num_faults * cost.suffix for cost in costs)
     best = math.sqrt(within * of_fault / (between * of_pair)) if of_pair else num_images
-    count = min(max(1, round(best)), _MOST_IMAGES)
-    return count if count < num_images else None
+    return min(max(1, round(best)), _MOST_IMAGES)
 
 
 def _variances(campaign: Campaign, rate: str) -> tuple[float, float]:
@@ -311,38 +348,48 @@ def _draw(key: jax.Array, params: PyTree, arguments: dict[str, Any], num_faults:
     return sample_faults(key, params, num_faults, **arguments)
 
 
-def _folder(workdir: str | os.PathLike | None, stage: int | str) -> Path | None:
-    return None if workdir is None else Path(workdir) / f"stage-{stage}"
-
-
 def _num_sites(params: PyTree, sampling: dict[str, Any]) -> int:
     return sample_faults(0, params, 0, **sampling).population
 
 
 def _shares(campaign: Campaign, rates: Sequence[str] = Rates._fields) -> np.ndarray:
-    """[F, rates], what each fault counts for each rate."""
+    """[F, rates], what each fault counts for each rate. Of sampled images, faulty accuracy is what
+    the fault changes, -1 to 1, from 0 to 1: the clean accuracy is known of more images."""
     results = campaign.results
-    columns = [per_fault_shares(results, rate) for rate in rates]
-    return np.stack(columns, axis=1)
+    shares = [per_fault_shares(results, rate) for rate in rates]
+    if (seen := results.seen) is not None and "faulty_accuracy" in rates:
+        clean = (seen.right == 1)[seen.images].mean(axis=1)
+        column = list(rates).index("faulty_accuracy")
+        shares[column] = (1 + shares[column] - clean) / 2
+    return np.stack(shares, axis=1)
 
 
 def _shared(campaign: Campaign, rates: Sequence[str] = Rates._fields) -> np.ndarray:
     """[rates], the variance of what faults have in common that saw the same images."""
-    results = campaign.results
-    if results.seen is None:
+    results = campaign.results._replace(pairs_correct=None)  # a directory does not keep them
+    if (seen := results.seen) is None:
         return np.zeros(len(rates))
-    seen = results.seen
-    pairs = (pairs_that_count(results, rate) for rate in rates)
-    return np.array([parts_of_variance(values, seen).shared for values in pairs])
+    found = []
+    for rate in rates:
+        values = pairs_that_count(results, rate).astype(np.float64)
+        if rate == "faulty_accuracy":
+            values = (values - (seen.right == 1)[seen.images]) / 2
+        found.append(parts_of_variance(values, seen).shared)
+    return np.array(found)
 
 
 def _rates(campaign: Campaign, estimates: Sequence[Estimate], t: float) -> Rates:
-    """The estimates; faulty accuracy of sampled images is that of `Campaign.rates`."""
-    rates = Rates(*estimates)
-    if campaign.images is None:
+    """The estimates of `_shares`, and faulty accuracy as what it is."""
+    rates, seen = Rates(*estimates), campaign.results.seen
+    if seen is None:
         return rates
-    stored = dataclasses.replace(campaign, pairs_correct=None)  # a directory does not keep them
-    return rates._replace(faulty_accuracy=stored.rates(t=t).faulty_accuracy)
+    clean, variance = clean_accuracy(seen)
+    change = rates.faulty_accuracy
+    value = min(max(float(clean + 2 * change.value - 1), 0.0), 1.0)
+    half = math.hypot(change.high - change.low, t * math.sqrt(variance))
+    return rates._replace(
+        faulty_accuracy=Estimate(value, max(value - half, 0.0), min(value + half, 1.0))
+    )
 
 
 def _by_stratum(shares: np.ndarray, belongs: np.ndarray, num_strata: int) -> list[np.ndarray]:

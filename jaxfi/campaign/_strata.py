@@ -190,7 +190,10 @@ def draw_strata_until_kept(
         precision = 1 / np.maximum(allowed - shared, allowed / 4) - 1 / np.maximum(reached, 1e-300)
         goals = np.where(precision > 0, 1 / np.maximum(precision, 1e-300), np.inf)
         variances = stratum_variances(strata, shares)
-        stages.append(stages[-1] + neyman_counts(strata, variances, left, goals))
+        new = neyman_counts(strata, variances, left, goals)
+        if sampled:  # what faults have in common takes other images, so more faults of any kind
+            new = np.minimum(np.maximum(new, -(-stages[-1] // 4)), left)
+        stages.append(stages[-1] + new)
 
 
 def _combined(

@@ -93,6 +93,9 @@ def layout_of(
     Raises ValueError for an unknown layer or kind; and where `flattened` is None, the network is
     none of jaxfi's, and a dense layer may read a flattened image: that is not guessed.
     """
+    for name, words in (("flattened", flattened), ("kinds", kinds)):
+        if words is not None and not isinstance(words, Mapping):
+            raise TypeError(f"{name} is {words!r}: allowed is a dict by layer")
     kernels = _kernels(shapes)
     convolutions = sorted(layer for layer, shape in kernels.items() if len(shape) > 2)
     for layer, kind in (kinds or {}).items():
@@ -103,7 +106,7 @@ def layout_of(
             )
     for layer, channels in (flattened or {}).items():
         inputs = kernels.get(layer, ())[:1] if len(kernels.get(layer, ())) == 2 else ()
-        whole = isinstance(channels, (int, np.integer)) and channels >= 1
+        whole = isinstance(channels, (int, np.integer)) and channels >= 1 and channels is not True
         if not inputs or not whole or inputs[0] % channels:
             dense = (f"{name} ({s[0]} inputs)" for name, s in kernels.items() if len(s) == 2)
             raise ValueError(

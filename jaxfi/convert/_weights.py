@@ -26,6 +26,7 @@ Path = str | os.PathLike
 
 _TOLERANCE = 1e-4  # of outputs, relative to the largest
 # Under which training checkpoints keep the state dict, and what wrappers put before its names.
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
 _PREFIXES = ("module.", "_orig_mod.")
 _TORCH_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".ckpt", ".bin")
 _SAFETENSORS_DTYPES = {
@@ -164,6 +165,8 @@ def load_state(path: Path) -> dict[str, np.ndarray]:
 def _array_of(name: str, value: Any) -> np.ndarray:
     """A state's array or tensor, on the host."""
     if hasattr(value, "detach"):
+        if value.device.type == "meta":
+            raise ValueError(f"{name} is on the device meta, without values: load it first")
         return _tensor_to_numpy("the state", name, value.detach().cpu())
     if np.ma.is_masked(value):
         raise ValueError(f"{name}: masked values have no place here: fill them (np.ma.filled)")
@@ -232,7 +235,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path}: not a state dict of tensors, it is a {type(state).__name__}")
     is_lightning = "pytorch-lightning_version" in state
-    found = dict(_state_dicts(state))
+    found = _without_others(dict(_state_dicts(state)))
     if len(found) > 1:
         raise ValueError(
             f"{path} holds several state dicts, {', '.join(found)}: allowed is one; torch.load the "
@@ -251,16 +254,25 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _state_dicts(state: Mapping, path: str = "") -> Iterator[tuple[str, Mapping]]:
-    """The state dicts in a training checkpoint, at any depth, and where they are."""
+    """What may be state dicts in a training checkpoint, at any depth, and where they are."""
     import torch
 
-    tensors = [value for value in state.values() if torch.is_tensor(value)]
-    if state and len(tensors) == len(state):
-        yield path, state
-    elif all(tensor.ndim == 0 for tensor in tensors):
-        for name, value in state.items():
-            if isinstance(name, str) and isinstance(value, Mapping):
-                yield from _state_dicts(value, f"{path}/{name}" if path else name)
+    if state and all(torch.is_tensor(value) for value in state.values()):
+        if any(value.ndim for value in state.values()):  # numbers alone are metrics
+            yield path, state
+        return
+    for name, value in state.items():
+        if isinstance(name, str) and isinstance(value, Mapping):
+            yield from _state_dicts(value, f"{path}/{name}" if path else name)
+
+
+def _without_others(found: dict[str, Mapping]) -> dict[str, Mapping]:
+    """Those that may be meant: where one has the usual name, it, and others of the same tensors."""
+    usual = [path for path in found if path.rpartition("/")[2] in _WRAPPERS]
+    if len(found) == 1 or len(usual) != 1:
+        return found
+    names = set(found[usual[0]])
+    return {p: state for p, state in found.items() if p == usual[0] or set(state) == names}
 
 
 def _without(prefixes: Iterable[str], state: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _CHECKED = "checked.json"
 _lock = threading.Lock()
 _within = 0
 _before: dict[str, Any] = {}
+_warned: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -89,7 +90,9 @@ def _folder() -> Path | None:
     named = os.environ.get(VARIABLE)
     if named == "":
         return None
-    root = Path(named) if named else user_cache() / "programs"
+    root = Path(named).expanduser() if named else user_cache() / "programs"
+    if not root.is_absolute():
+        raise ValueError(f"{VARIABLE} is {named}: allowed are absolute paths, and none")
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = root.stat()
@@ -106,7 +109,10 @@ def _folder() -> Path | None:
         reason = f"{error}: allowed is a folder of your own, of mode 700"
         if named:
             raise ValueError(f"{VARIABLE} is {root}: {reason}") from None
-    warnings.warn(f"programs are not kept in {root}: {reason}", stacklevel=2)
+    message = f"programs are not kept in {root}: {reason}"
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=6)  # of who runs a campaign
     return None
 
 
@@ -131,7 +137,7 @@ def _check_new(folder: Path) -> None:
     except (OSError, ValueError):
         known = {}
     found = {}
-    for path in folder.glob("*-cache"):
+    for path in filter(Path.is_file, folder.glob("*-cache")):
         with contextlib.suppress(FileNotFoundError):  # another process deletes too
             stat = path.stat()
             stamp = [stat.st_size, stat.st_mtime_ns]
@@ -158,7 +164,7 @@ def _is_whole(path: Path) -> bool:
 def _limit(root: Path) -> None:
     """Deletes the oldest programs, of all machines, where there are too many."""
     files = []
-    for path in root.glob("*/*-cache"):
+    for path in filter(Path.is_file, root.glob("*/*-cache")):
         with contextlib.suppress(FileNotFoundError):
             files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     size = sum(size for _, size, _ in files)

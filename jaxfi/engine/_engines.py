@@ -145,18 +145,15 @@ def _golden(programs: Programs, setup: Setup, number: int, faults: FaultList) ->
     columns and suffix round as the network does: `_MovesBits` is raised if they do not. Of fewer
     images, others are made for that: `Setup.shuffled`.
     """
-    golden = programs.golden(setup, number)
     checked = len(programs.checked) * setup.batch_size
     if checked >= LEAST_CHECKED or number in programs.checked:
-        return golden
+        return programs.golden(setup, number)
     plan, random = programs.plan, np.random.default_rng(number)
     in_blocks = plan.own is not None or plan.ahead is not None
     if in_blocks and np.isnan(setup.golden).any():
         text = "the golden outputs hold NaN, and which of two NaNs a sum keeps is open"
         raise _MovesBits(text, cut=True)
-    first, count = number * setup.batch_size, setup.images_in(number)
-    _check_bits(programs, setup, golden, setup.golden[first : first + count], faults, random)
-    if not programs.checked:
+    if not programs.checked:  # first these: each of them is freed, or kept as memory allows
         network, _ = whole_programs(setup.programs, setup.apply_fn)
         for other in setup.shuffled:
             expected = setup.shuffled_outputs(network, other)
@@ -164,6 +161,9 @@ def _golden(programs: Programs, setup: Setup, number: int, faults: FaultList) ->
                 _check_bits(
                     programs, setup, programs.golden(setup, other), expected, faults, random
                 )
+    golden = programs.golden(setup, number)
+    first, count = number * setup.batch_size, setup.images_in(number)
+    _check_bits(programs, setup, golden, setup.golden[first : first + count], faults, random)
     programs.checked.add(number)
     return golden
 
@@ -255,6 +255,7 @@ def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
     num_held = programs.batches_held(setup) if tally.picks is None else 1
     for first in range(0, len(numbers), num_held):
         held = numbers[first : first + num_held]
+        golden: list[Golden] = []  # the last ones' memory is needed
         golden = [_golden(programs, setup, number, faults) for number in held]
         some = tally.with_images_in(rows, held[0])
         visible = _visible(programs, setup, faults[some], golden)

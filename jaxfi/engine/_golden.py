@@ -17,6 +17,7 @@ from jaxfi.network._graph import ApplyFn, Network, evaluate
 
 # Images: where the compiler rounds otherwise, most values of an image differ.
 LEAST_CHECKED = 256
+_MOST_SHUFFLED = 64  # batches: of fewer than four images, fewer are checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Setup:
     @property
     def shuffled(self) -> range:
         """Numbers below 0: of further batches where there are few images, to check programs on."""
-        return range(-1, -math.ceil(LEAST_CHECKED / self.num_images), -1)
+        count = min(math.ceil(LEAST_CHECKED / self.num_images), _MOST_SHUFFLED)
+        return range(-1, -count, -1)
 
     def batch(self, number: int) -> np.ndarray:
         """Images [batch_size, ...]; in a shuffled batch they share out the first one's values."""

@@ -87,13 +87,15 @@ class Programs:
         """The prefix on one batch; kept for the leaf's next faults where memory allows it."""
         if number in self._golden:
             return self._golden[number]
-        start: dict[core.Var, Any] = {self.network.image: setup.batch(number)}
-        values = self._run_prefix(setup, start | self._earlier.pop(number, {}))
         num_held, num_all = self._num_held(setup), len(setup.batches) + len(setup.shuffled)
-        if setup.sampled:
+        stored = num_held >= (len(setup.batches) if number >= 0 else num_all)
+        if setup.sampled and number >= 0:
+            stored = True
             while self._golden and len(self._golden) + len(self._earlier) >= num_held:
                 del self._golden[next(iter(self._golden))]
-        if setup.sampled or num_held >= (len(setup.batches) if number >= 0 else num_all):
+        start: dict[core.Var, Any] = {self.network.image: setup.batch(number)}
+        values = self._run_prefix(setup, start | self._earlier.pop(number, {}))
+        if stored:
             self._golden[number] = values
         return values
 

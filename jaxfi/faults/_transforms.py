@@ -179,6 +179,8 @@ def corrupt(
 def _as_words(mask: Any, dtype: Any) -> jax.Array:
     """A mask as the words of a dtype; Python's integers may need more bits than JAX's do."""
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if not jnp.issubdtype(mask.dtype, jnp.integer):
+        raise TypeError(f"a mask is {mask.dtype}: allowed are unsigned words, or integers")
     return jnp.asarray(mask.astype(word_dtype(dtype)))
 
 

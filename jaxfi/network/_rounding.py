@@ -82,7 +82,8 @@ def _no_constants(operands: list) -> list:
     product of two values joined, with a constant, apart into two."""
     given = [isinstance(operand, jax.core.Tracer) for operand in operands]
     dtypes = [jnp.dtype(operand.dtype) for operand in operands]
-    if all(given) or not any(given) or not all(map(_is_real, dtypes)):
+    empty = any(operand.size == 0 for operand in operands)
+    if all(given) or not any(given) or empty or not all(map(_is_real, dtypes)):
         return operands
     zero = _nothing(_words(operands[given.index(True)].ravel()[0]))
     return [

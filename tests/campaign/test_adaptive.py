@@ -222,13 +222,64 @@ def test_sampled_pairs_are_those_of_all_images(run) -> None:
         ({"rates": ["mask"]}, r"rates is \['mask'\]: allowed are some of masked, non_critical"),
         ({"rates": "masked"}, "rates is 'masked': allowed are some of"),
         ({"rates": []}, "allowed are some of"),
-        ({"rates": ["faulty_accuracy"], "images_per_fault": 3}, "whose margin few images of a"),
+        ({"rates": 5}, "rates is 5: allowed are some of"),
+        ({"rates": [["masked"]]}, "allowed are some of"),
     ],
 )
 def test_what_is_no_question_is_named(settings, message) -> None:
     for run in (run_sequential, run_stratified):
         with pytest.raises(ValueError, match=message):
             run(*small_network(), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"rates": ["mask"]}, {"first": 0}, {"pilot": 0}])
+def test_nothing_runs_before_the_question_is_checked(settings, tmp_path) -> None:
+    run = run_stratified if "pilot" in settings else run_sequential
+    with pytest.raises(ValueError, match="allowed"):
+        run(*small_network(), **settings, workdir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", [run_sequential, run_stratified])
+def test_more_images_where_all_faults_on_few_do_not_do(run, tmp_path) -> None:
+    """Of 64 sites, no margin of half a point comes from few images: in the end all are seen."""
+    images = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    params = {"w": images[:2, :1] * np.float32([[1, -1]])}
+    subject = (lambda p, x: x @ p["w"], params, images, np.arange(300) % 2)
+    settings = {"margin": 0.005, "images_per_fault": 4}
+    found = run(*subject, **settings, workdir=tmp_path)
+    assert found.stages[-1] == 4 * 32
+    assert max(rate.high - rate.low for rate in found.rates[:4]) <= 0.01 + 1e-9
+    assert found.images_per_fault > 4
+    assert run(*subject, **settings, workdir=tmp_path).rates == found.rates
+
+
+@pytest.mark.parametrize("run", [run_sequential, run_stratified])
+def test_each_stage_draws_its_own_images(run) -> None:
+    found = run(*small_network(4000), margin=0.03, images_per_fault=2, batch_size=20)
+    ends = found.stages
+    if len(ends) > 1:
+        first, last = found.campaign.images[: ends[0]], found.campaign.images[ends[0] :]
+        assert len(np.setdiff1d(last, first)) > 0
+    assert len(ends) < 20
+
+
+def test_stratified_accuracy_is_that_of_all_faults() -> None:
+    """Whose faults are drawn unequally: most from those that do most."""
+    generator = np.random.default_rng(0)
+    params = {"w": generator.normal(size=(32, 16)).astype(np.float32),
+              "v": generator.normal(size=(16, 4)).astype(np.float32)}  # fmt: skip
+    images = generator.normal(size=(200, 32)).astype(np.float32)
+
+    def network(p, x):
+        return (x @ p["w"]).clip(0) @ p["v"]
+
+    labels = np.asarray(network(params, images)).argmax(1)
+    found = run_stratified(network, params, images, labels, rates=["critical"], margin=0.005)
+    census = run_campaign(network, params, exhaustive_faults(params), images, labels).rates()
+    for rate, true in zip(found.rates, census, strict=True):
+        assert rate.low <= true.value <= rate.high
+    assert abs(found.rates.faulty_accuracy.value - census.faulty_accuracy.value) < 0.01
 
 
 def test_only_the_rates_that_are_asked_for_must_be_known() -> None:

@@ -186,6 +186,10 @@ WRAPPED = {
     "another name": {"model_state": STATE, "epoch": 1, "best": torch.tensor(0.9)},
     "with an optimizer's": {"params": STATE, "optimizer": torch.optim.Adam(
         [torch.nn.Parameter(torch.ones(2))]).state_dict()},
+    "random bits beside": {"state_dict": STATE, "rng_state": torch.get_rng_state()},
+    "a tensor beside": {"model": STATE, "class_weights": torch.ones(3)},
+    "metrics": {"model": STATE, "metrics": {"acc": torch.tensor(0.5)}},
+    "statistics": {"state_dict": STATE, "callbacks": {"n": {"mean": torch.ones(3)}}},
     "deeper": {"checkpoint": {"module": STATE}, "config": {"width": 3}},
 }  # fmt: skip
 

@@ -85,6 +85,9 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path, monkeypatch) -> Non
     monkeypatch.setenv("JAXFI_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="File exists.*: allowed is a folder of your own"):
         programs_kept().__enter__()
+    monkeypatch.setenv("JAXFI_CACHE_DIR", "gs://bucket/programs")
+    with pytest.raises(ValueError, match="allowed are absolute paths, and none"):
+        programs_kept().__enter__()
     monkeypatch.delenv("JAXFI_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "jaxfi" / "programs").mkdir(parents=True)
