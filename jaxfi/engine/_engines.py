@@ -247,29 +247,32 @@ def _each(faults: FaultList) -> Iterator[Fault]:
 
 
 def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
-    plan, leaves = programs.plan, jax.tree.leaves(setup.params)
-    packer = Packer(setup, programs, leaves, tally)
+    packer = Packer(setup, programs, jax.tree.leaves(setup.params), tally)
     # Of all pairs, a group of faults goes through all batches that are held; of a sample, the
     # faults with images in a batch ride together.
     numbers = tally.batches(rows)
     num_held = programs.batches_held(setup) if tally.picks is None else 1
     for first in range(0, len(numbers), num_held):
-        held = numbers[first : first + num_held]
-        golden: list[Golden] = []  # the last ones' memory is needed
-        golden = [_golden(programs, setup, number, faults) for number in held]
-        some = tally.with_images_in(rows, held[0])
-        visible = _visible(programs, setup, faults[some], golden)
-        for part, group in _groups(faults[some], rows[some], programs, visible.sum(axis=0)):
-            seen = np.any(visible[:, part], axis=1).tolist()
-            if any(seen):
-                faulty = programs.faulty_columns(leaves[plan.leaf], *group[2:])
-            for number, values, any_seen in zip(held, golden, seen, strict=True):
-                if any_seen:
-                    work = programs.columns(leaves, values, faulty, group.block, group.channel)
-                    packer.submit(group, number, values, *work)
-                advance(tally.num_pairs(group.rows[: group.num_faults], number))
-        packer.drain()
+        _run_held(setup, programs, faults, rows, tally, advance, packer, numbers[first:][:num_held])
     packer.flush()
+
+
+def _run_held(setup, programs, faults, rows, tally, advance, packer, held: list[int]) -> None:
+    """All groups on batches whose golden values are held; they are free after that."""
+    plan, leaves = programs.plan, jax.tree.leaves(setup.params)
+    golden = [_golden(programs, setup, number, faults) for number in held]
+    some = tally.with_images_in(rows, held[0])
+    visible = _visible(programs, setup, faults[some], golden)
+    for part, group in _groups(faults[some], rows[some], programs, visible.sum(axis=0)):
+        seen = np.any(visible[:, part], axis=1).tolist()
+        if any(seen):
+            faulty = programs.faulty_columns(leaves[plan.leaf], *group[2:])
+        for number, values, any_seen in zip(held, golden, seen, strict=True):
+            if any_seen:
+                work = programs.columns(leaves, values, faulty, group.block, group.channel)
+                packer.submit(group, number, values, *work)
+            advance(tally.num_pairs(group.rows[: group.num_faults], number))
+    packer.drain()
 
 
 def _visible(

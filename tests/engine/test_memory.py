@@ -6,7 +6,13 @@ import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from jax import lax
+
+import jaxfi
+from jaxfi.engine._programs import Programs
 
 CAMPAIGN = """
 import threading, time
@@ -46,3 +52,39 @@ def test_peak_is_within_a_fifth_of_the_plan_and_of_the_budget(budget: int) -> No
     taken = float(done.stdout)
     assert taken == pytest.approx(planned, rel=0.2)
     assert taken < 1.2 * budget / 2**20
+
+
+@pytest.mark.parametrize("count", [None, 5])
+@pytest.mark.parametrize("num_images", [100, 300])
+def test_one_batch_of_golden_values_is_held_where_no_more_fit(
+    num_images, count, monkeypatch
+) -> None:
+    """Also of the batches that only check programs, and while the next one is computed."""
+
+    def conv(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+    def network(p, x):
+        return conv(jax.nn.relu(conv(x, p["a"])), p["b"]).mean((1, 2)) @ p["d"]
+
+    shapes = {"a": (3, 3, 2, 32), "b": (3, 3, 32, 2), "d": (2, 3)}
+    generator = np.random.default_rng(0)
+    params = {k: generator.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    images = generator.normal(size=(num_images, 24, 24, 2)).astype(np.float32)
+    prefix, live = Programs._run_prefix, []
+
+    def spy(*arguments):
+        golden = jax.block_until_ready(prefix(*arguments))
+        live.append(sum(array.nbytes for array in jax.live_arrays()))
+        return golden
+
+    monkeypatch.setattr(Programs, "_run_prefix", spy)
+    before = sum(array.nbytes for array in jax.live_arrays())
+    jaxfi.run_campaign(
+        network, params, jaxfi.sample_faults(0, params, 60, by="network", paths="b"), images,
+        np.zeros(num_images, int), memory_budget=8_500_000, images_per_fault=count,
+    )  # fmt: skip
+    one_batch = 100 * 24 * 24 * 32 * 4
+    assert len(live) > 1
+    assert max(live) - before < 1.5 * one_batch
