@@ -13,7 +13,7 @@ import functools
 import glob
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,23 +120,21 @@ def run_sequential(
     checked_integer("first", first, 1)
     subject = _Subject(apply_fn, params, images, labels, key, workdir, sampling or {}, settings)
     t = checked_cutoff(t, confidence)
-    num_fixed = sample_size(fault_population(params), margin, t)
     num_sites = _num_sites(params, subject.sampling)
-    for count, asked, stages in _attempts(subject, images_per_fault, rates):
+
+    def attempt(count: int | None, asked: Sequence[str], stages: _Stages) -> tuple:
         population = num_sites if count is None else FRESH
 
         def measure(num_faults: int) -> tuple[np.ndarray, np.ndarray]:
             faults = sample_faults(key, params, num_faults, by="network", **subject.sampling)
-            campaign = stages.run(faults[stages.num_faults :])  # noqa: B023
-            return _shares(campaign, asked), _shared(campaign, asked)  # noqa: B023
+            campaign = stages.run(faults[stages.num_faults :])
+            return _shares(campaign, asked), _shared(campaign, asked)
 
         looks = draw_until_kept(measure, population, margin, t, first, num_sites)
         columns = zip(_shares(stages.campaign).T, _shared(stages.campaign), strict=True)
-        estimates = [anytime_estimate(v, population, margin, t, float(s)) for v, s in columns]
-        found = _rates(stages.campaign, estimates, t)
-        if count is None or _are_within(margin, found, asked):
-            break
-    return AdaptiveCampaign(stages.campaign, found, tuple(looks), num_fixed)
+        return looks, [anytime_estimate(v, population, margin, t, float(s)) for v, s in columns]
+
+    return _until_kept(subject, images_per_fault, rates, margin, t, attempt)
 
 
 def run_stratified(
@@ -172,32 +170,48 @@ def run_stratified(
     checked_integer("pilot", pilot, 1)
     subject = _Subject(apply_fn, params, images, labels, key, workdir, sampling or {}, settings)
     t = checked_cutoff(t, confidence)
-    num_fixed = sample_size(fault_population(params), margin, t)
     strata, drawers = _layers_and_bits(key, params, subject.sampling, pilot)
-    for count, asked, stages in _attempts(subject, images_per_fault, rates):
+
+    def attempt(count: int | None, asked: Sequence[str], stages: _Stages) -> tuple:
         belongs: list[np.ndarray] = []  # of each stage, the stratum of each fault
 
         def measure(counts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-            before = np.bincount(np.concatenate([[], *belongs]).astype(int), minlength=len(counts))  # noqa: B023
+            before = np.bincount(np.concatenate([[], *belongs]).astype(int), minlength=len(counts))
             faults = functools.reduce(lambda a, b: a + b, (
                 draw(int(stop))[start:]
                 for draw, start, stop in zip(drawers, before, counts, strict=True) if stop > start
             ))  # fmt: skip
-            belongs.append(np.repeat(np.arange(len(counts)), counts - before))  # noqa: B023
-            campaign = stages.run(faults)  # noqa: B023
-            shares = _by_stratum(_shares(campaign, asked), np.concatenate(belongs), len(counts))  # noqa: B023
-            return shares, _shared(campaign, asked)  # noqa: B023
+            belongs.append(np.repeat(np.arange(len(counts)), counts - before))
+            campaign = stages.run(faults)
+            shares = _by_stratum(_shares(campaign, asked), np.concatenate(belongs), len(counts))
+            return shares, _shared(campaign, asked)
 
         sampled = count is not None
         looks = draw_strata_until_kept(measure, strata, margin, t, pilot, sampled)
-        campaign = stages.campaign
-        shares = _by_stratum(_shares(campaign), np.concatenate(belongs), len(drawers))
-        shared = _shared(campaign) if sampled else None
-        found = _rates(campaign, stratified_estimates(strata, shares, looks, t, shared), t)
+        shares = _by_stratum(_shares(stages.campaign), np.concatenate(belongs), len(drawers))
+        shared = _shared(stages.campaign) if sampled else None
+        return looks, stratified_estimates(strata, shares, looks, t, shared)
+
+    return _until_kept(subject, images_per_fault, rates, margin, t, attempt)
+
+
+def _until_kept(
+    subject: _Subject,
+    images_per_fault: int | str | None,
+    rates: Sequence[str] | None,
+    margin: float,
+    t: float,
+    attempt: Callable[[int | None, Sequence[str], _Stages], tuple[list, list[Estimate]]],
+) -> AdaptiveCampaign:
+    """The first attempt whose rates are within the margin; on all images that is the last one."""
+    num_fixed = sample_size(fault_population(subject.params), margin, t)
+    for count, asked, stages in _attempts(subject, images_per_fault, rates):
+        looks, estimates = attempt(count, asked, stages)
+        found = _rates(stages.campaign, estimates, t)
         if count is None or _are_within(margin, found, asked):
             break
-    num_run = tuple(int(look.sum()) for look in looks)
-    return AdaptiveCampaign(campaign, found, num_run, num_fixed)
+    num_run = tuple(int(np.sum(look)) for look in looks)
+    return AdaptiveCampaign(stages.campaign, found, num_run, num_fixed)
 
 
 class _Subject(NamedTuple):
