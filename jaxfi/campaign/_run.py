@@ -39,7 +39,7 @@ from jaxfi.campaign._workers import (
     start_workers,
 )
 from jaxfi.engine._cache import programs_kept
-from jaxfi.engine._choice import chosen_plans
+from jaxfi.engine._choice import chosen_plans, seconds_to_compile
 from jaxfi.engine._compilation import own_settings
 from jaxfi.engine._engines import whole_programs
 from jaxfi.engine._explain import LeafCost, leaf_costs, plan_text
@@ -174,9 +174,11 @@ def run_campaign(
             if progress and costs:
                 held = min(-(-num_images // batch_size) * batch_size, len(labels))
                 costs = leaf_costs(network, plans.values(), faults.leaf)
-                plan = plan_text(
-                    costs, num_images, len(batches), memory, first.seconds_per_image, held
+                pace, wait = (
+                    first.seconds_per_image,
+                    seconds_to_compile(network, plans, programs, first),
                 )
+                plan = plan_text(costs, num_images, len(batches), memory, pace, held, wait)
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()

@@ -146,6 +146,7 @@ def plan_text(
     memory: int,
     seconds_per_image: float,
     in_batches: int | None = None,
+    compiling: float = 0.0,
 ) -> str:
     """The costs as a table, one line a leaf that has faults.
 
@@ -155,6 +156,7 @@ def plan_text(
       in_batches: images of the batches that hold those of a fault, where they are more.
       memory: bytes for golden values and working space.
       seconds_per_image: of the whole network, as the golden run took.
+      compiling: seconds, about.
     """
     header = ("leaf", "faults", "method", "columns", "suffix", "memory", "at most")
     lines = ["{:32} {:>8} {:>9} {:>8} {:>8} {:>11} {:>9}".format(*header)]
@@ -174,10 +176,11 @@ def plan_text(
             f"{cost.reason}".rstrip()
         )
     total = sum(cost.num_faults for cost in costs)
+    mebibytes = peak_memory(costs, num_batches, memory) / 2**20
     lines.append(
         f"{total:,} faults x {num_images:,} images = {total * num_images:,} outcomes: at most "
         f"{_duration(sum(seconds))} at the golden run's speed, if no pair is masked early, and "
-        f"compilation; about {peak_memory(costs, num_batches, memory) / 2**20:,.0f} MiB of memory"
+        f"{_duration(compiling)} of compilation; about {mebibytes:,.0f} MiB of memory"
     )
     return "\n".join(lines)
 

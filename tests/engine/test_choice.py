@@ -8,7 +8,7 @@ import pytest
 
 from jaxfi import run_campaign, sample_faults
 from jaxfi.campaign import _run
-from jaxfi.engine._choice import chosen_plans
+from jaxfi.engine._choice import chosen_plans, seconds_to_compile
 from jaxfi.engine._explain import leaf_costs
 from jaxfi.engine._golden import GoldenRun
 from jaxfi.engine._plan import plan_leaves
@@ -33,14 +33,23 @@ def ways(num_faults: int, num_batches: int = 10, compiling: float = COMPILING, p
     found = chosen_plans(
         network, plans, costs, programs, golden, 100, num_batches, 100 * num_batches
     )
-    return {plan.method for plan in found.values()}, found
+    return {plan.method for plan in found.values()}, found, network
 
 
 def test_few_faults_rerun_and_many_are_divided() -> None:
     assert ways(1, num_batches=1)[0] == {"whole"}
     assert ways(500)[0] == {"columns"}
-    _, found = ways(1, num_batches=1)
-    assert "compiling" in next(iter(found.values())).reason
+    _, found, _ = ways(1, num_batches=1)
+    assert "few faults" in next(iter(found.values())).reason
+
+
+def test_compilation_is_predicted_for_what_is_divided() -> None:
+    _, many, network = ways(500)
+    _, few, another = ways(1, num_batches=1)
+    golden = GoldenRun(np.zeros((1, 2)), IMAGE, COMPILING)
+    assert seconds_to_compile(another, few, {}, golden) == 0
+    slow = seconds_to_compile(network, many, {}, golden._replace(compiling=4.0))
+    assert 0 < seconds_to_compile(network, many, {}, golden) < slow
 
 
 def test_a_slow_compiler_asks_for_more_faults() -> None:
