@@ -11,6 +11,7 @@ depend on it. See docs/engine.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -243,7 +244,7 @@ def _run_slice(setup, programs, faults, rows, tally, advance) -> None:
 
 def _each(faults: FaultList) -> Iterator[Fault]:
     """On the host: a device would be asked for each of them."""
-    return map(Fault, *map(np.asarray, faults.batch()))
+    return map(Fault, *faults.on_host())
 
 
 def _run_columns(setup, programs, faults, rows, tally, advance) -> None:
@@ -305,36 +306,35 @@ def _groups(
     The invisible ride together; of the others those in one block of the leaf's own layer, which
     must, and those with the same channel, whose pairs then fill the same batches of the suffix.
     """
-    plan = programs.plan
-    channel = np.unravel_index(faults.element, faults.shapes[plan.leaf])[plan.axis]
-    block = part_of_layer(programs.network, [plan], faults)
+    plan, own, host = programs.plan, programs.own, faults.on_host()
+    size, shape = plan.num_columns, list(faults.shapes[plan.leaf])
+    place = list(np.unravel_index(host.element, shape))
+    channel, place[plan.axis] = place[plan.axis].astype(np.int32), np.zeros_like(host.element)
+    block = np.zeros(len(faults), np.int64)
+    if own is not None:
+        block, place[own.weight_axis] = own.place(place[own.weight_axis])
+        shape[own.weight_axis] = own.length
+    element = np.ravel_multi_index(place, shape).astype(np.int32)  # in column 0
+    in_column = np.arange(size, dtype=np.int32) * math.prod(shape[plan.axis + 1 :])
+    null = faults.model == _NULL
+
+    def filled(values: np.ndarray, fill: int = 0) -> np.ndarray:
+        return np.concatenate([values, np.full(size - len(values), fill, values.dtype)])
+
     order = np.lexsort((visible, channel, visible > 0, block))
     ends = np.flatnonzero(np.diff(block[order])) + 1
     for same_block in np.split(order, ends):
-        for start in range(0, len(same_block), plan.num_columns):
-            part = same_block[start : start + plan.num_columns]
-            yield part, _group(faults[part], rows[part], int(block[part[0]]), programs)
-
-
-def _group(faults: FaultList, rows: np.ndarray, block: int, programs: Programs) -> Group:
-    plan = programs.plan
-    size, padding = plan.num_columns, (0, plan.num_columns - len(faults))
-    batch = jax.tree.map(np.asarray, faults.padded(size).batch())
-    shape = list(faults.shapes[plan.leaf])
-    place = list(np.unravel_index(batch.element, shape))
-    channel, place[plan.axis] = place[plan.axis].astype(np.int32), np.arange(size)
-    if programs.own is not None:
-        axis = programs.own.weight_axis
-        place[axis], shape[axis] = programs.own.place(place[axis])[1], programs.own.length
-    return Group(
-        rows=np.pad(rows, padding, constant_values=-1),
-        null=np.pad(faults.model == _NULL, padding),
-        block=block,
-        channel=channel,
-        element=np.ravel_multi_index(place, shape).astype(np.int32),
-        keep=batch.keep,
-        flip=batch.flip,
-    )
+        for start in range(0, len(same_block), size):
+            part = same_block[start : start + size]
+            yield part, Group(
+                rows=filled(rows[part], -1),
+                null=filled(null[part]),
+                block=int(block[part[0]]),
+                channel=filled(channel[part]),
+                element=filled(element[part]) + in_column,
+                keep=filled(host.keep[part], np.iinfo(host.keep.dtype).max),
+                flip=filled(host.flip[part]),
+            )
 
 
 _RUNNERS = {

@@ -237,12 +237,16 @@ class FaultList:
 
         Raises OverflowError for a leaf of 2**31 elements or more; else as `check_width`.
         """
+        return jax.tree.map(jnp.asarray, self.on_host())
+
+    def on_host(self) -> Fault:
+        """`batch` in NumPy arrays."""
         self.check_width()
         if len(self) and self.element.max() >= 2**31 - 1:
             raise OverflowError("leaves of 2**31 elements or more are not supported")
         word = np.uint64 if 64 in map(word_bits, self.dtypes) else np.uint32
         keep, flip = (mask.astype(word) for mask in self.masks())
-        return Fault(*map(jnp.asarray, (self.leaf, self.element.astype(np.int32), keep, flip)))
+        return Fault(self.leaf, self.element.astype(np.int32), keep, flip)  # type: ignore[arg-type]
 
     def fault(self, row: int) -> Fault:
         """The fault in `row`, as scalars for `inject`."""
