@@ -18,7 +18,7 @@ from absl import flags
 from flax import linen as nn
 
 from jaxfi.campaign._run import FAULTS_PER_BLOCK, leaf_price
-from jaxfi.campaign._workers import split_blocks
+from jaxfi.campaign._workers import by_leaf, split_blocks
 from jaxfi.engine import LeafCost, explain
 from jaxfi.engine._costs import network_arithmetic
 from jaxfi.faults import FaultList
@@ -110,8 +110,8 @@ def dealt_work(
       alike: make the blocks as if all faults took as long.
     """
     prices = None if alike else {leaf: leaf_price(cost) for leaf, cost in enumerate(plan.costs)}
-    rows = np.arange(plan.num_faults)
-    blocks = split_blocks(plan.faults, rows, FAULTS_PER_BLOCK, num_devices, prices)
+    rows = by_leaf(plan.faults, np.arange(plan.num_faults))
+    blocks = split_blocks(rows, FAULTS_PER_BLOCK, num_devices, prices)
     costs = [of_block(plan.costs[plan.faults.leaf[block[0]]], len(block)) for block in blocks]
     return [
         cost.num_columns * cost.columns + surviving[block].sum() * cost.suffix

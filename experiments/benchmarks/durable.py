@@ -25,7 +25,7 @@ from jaxfi.campaign import Campaign, load_campaign
 from jaxfi.campaign._description import read_description, read_faults
 from jaxfi.campaign._ledger import Ledger, MemoryLedger, open_directory
 from jaxfi.campaign._run import FAULTS_PER_BLOCK
-from jaxfi.campaign._workers import split_blocks
+from jaxfi.campaign._workers import by_leaf, split_blocks
 from jaxfi.outcomes import MASKED
 
 CAMPAIGN = flags.DEFINE_string("campaign", "", "A finished campaign's directory.")
@@ -34,8 +34,8 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that it is kept.")
 
 def fill(ledger: Ledger, campaign: Campaign) -> None:
     """Everything that `run_campaign` does with a ledger that is empty."""
-    rows = np.arange(len(campaign.faults))
-    blocks = split_blocks(campaign.faults, rows, FAULTS_PER_BLOCK, 1)
+    rows = by_leaf(campaign.faults, np.arange(len(campaign.faults)))
+    blocks = split_blocks(rows, FAULTS_PER_BLOCK, 1)
     for block in ledger.unclaimed(blocks):
         ledger.write(block, campaign.results.of_faults(block))
     ledger.results()
@@ -58,7 +58,7 @@ def keep(campaign: Campaign, values: tuple[np.ndarray, np.ndarray], directory: P
 def hold(campaign: Campaign) -> None:
     """The same without a directory."""
     first = campaign.results.of_faults(np.zeros(len(campaign.faults), int))
-    fill(MemoryLedger(first, np.ones(len(campaign.faults), bool)), campaign)
+    fill(MemoryLedger(first), campaign)
 
 
 def seconds(run: Callable, *arguments: object) -> tuple[float, float]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from jaxfi.campaign._adaptive import AdaptiveCampaign, run_sequential, run_stratified
 from jaxfi.campaign._audit import Audit
+from jaxfi.campaign._counts import CampaignCounts
+from jaxfi.campaign._criticality import criticality
 from jaxfi.campaign._cumulative import (
     CumulativeResult,
     counts_of_range,
@@ -24,9 +26,11 @@ __all__ = [
     "AdaptiveCampaign",
     "Audit",
     "Campaign",
+    "CampaignCounts",
     "CumulativeResult",
     "NotReproducible",
     "counts_of_range",
+    "criticality",
     "cumulative_accuracy",
     "draw_trials",
     "join_job",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfi.campaign._description import KEPT
 from jaxfi.engine._compilation import checked_precision, compiled
 from jaxfi.engine._engines import ENGINES
 from jaxfi.engine._explain import LeafCost, least_memory
@@ -31,13 +32,15 @@ _PACKAGE = str(Path(__file__).parents[1])
 _LIMIT = 100  # times the turns of the fault-free network: then a loop is endless
 
 
-def check_choices(engine: str, precision: str, nan: str, seed: int) -> None:
+def check_choices(engine: str, precision: str, nan: str, seed: int, keep: str = "outcomes") -> None:
     """Raises ValueError or TypeError naming what is allowed."""
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}: allowed are {', '.join(ENGINES)}")
     checked_precision(precision)
     checked_nan_policy(nan)
     checked_integer("seed", seed, 0)
+    if keep not in KEPT:
+        raise ValueError(f"unknown keep {keep!r}: allowed are {', '.join(KEPT)}")
 
 
 def check_faults(faults: FaultList, params: PyTree, *, empty: bool = False) -> None:
@@ -175,12 +178,12 @@ def check_last_batch(
     )
 
 
-def warn_of_idle_faults(network: Network, leaves: np.ndarray) -> None:
-    """Warns of faults, in these leaves [F], that can do nothing."""
+def warn_of_idle_faults(network: Network, counts: np.ndarray) -> None:
+    """Warns of faults that can do nothing; `counts` are those of each leaf."""
     used = used_leaves(network)
-    idle = [leaf for leaf in np.unique(leaves) if leaf not in used]
+    idle = [leaf for leaf in np.flatnonzero(counts) if leaf not in used]
     if idle:
-        named = ", ".join(f"{network.paths[n]} ({np.count_nonzero(leaves == n):,})" for n in idle)
+        named = ", ".join(f"{network.paths[leaf]} ({counts[leaf]:,})" for leaf in idle)
         _warn(f"the output does not depend on {named}: their faults are masked by construction")
 
 

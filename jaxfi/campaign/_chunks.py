@@ -26,7 +26,7 @@ import numpy as np
 from jaxfi.data._extras import extra
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import BIT_MODELS, FAULT_MODELS
-from jaxfi.outcomes._outcomes import CRITICAL
+from jaxfi.outcomes._outcomes import CRITICAL, Results
 
 with extra("store"):
     import pyarrow as pa
@@ -52,6 +52,7 @@ SCHEMA = pa.schema(
 )
 
 
+_MERGED_BYTES = 2**26  # of packed outcomes in one merged chunk, before compression
 _BYTES_AT_ONCE = 2**20  # of unpacked outcomes: a processor's cache holds them
 
 
@@ -60,7 +61,7 @@ class Chunk(NamedTuple):
 
     Attributes:
       rows: [k] integers, positions in the campaign's fault list.
-      packed: [k, packed_bytes(N)] uint8, what `pack_outcomes` made.
+      packed: [k, width(N)], what `pack` made.
       correct: [k] integers, images whose faulty prediction is the label.
     """
 
@@ -69,15 +70,47 @@ class Chunk(NamedTuple):
     correct: np.ndarray
 
 
-def packed_bytes(num_images: int) -> int:
+def width(num_images: int) -> int:
     """Bytes that one fault's outcomes take when packed."""
     return 3 * -(-num_images // 8)
+
+
+def dtype(num_images: int) -> np.dtype:
+    """Of `Chunk.packed`."""
+    return np.dtype(np.uint8)
+
+
+def rows_together(num_images: int) -> int:
+    """Faults in one merged file."""
+    return max(1, _MERGED_BYTES // width(num_images))
+
+
+def pack(results: Results) -> np.ndarray:
+    """[k, width]."""
+    return pack_outcomes(results.outcomes, results.due)
+
+
+def unpack(chunk: Chunk, num_images: int) -> Results:
+    """What `pack` was given."""
+    return Results(*unpack_outcomes(chunk.packed, num_images), chunk.correct)
+
+
+def check(results: Results, num_faults: int, num_images: int) -> None:
+    """What would be refused on reading must not be written."""
+    allowed = (num_faults, num_images), (num_faults, num_images), (num_faults,)
+    shapes = tuple(array.shape for array in results[:3])
+    if shapes != allowed:
+        raise ValueError(f"a chunk's outcomes, due, correct are {shapes}: allowed is {allowed}")
+    if results.outcomes.max(initial=0) > CRITICAL:
+        raise ValueError(f"a chunk's outcomes hold {results.outcomes.max()}: allowed are 0, 1, 2")
+    if not ((results.correct >= 0) & (results.correct <= num_images)).all():
+        raise ValueError(f"a chunk's correct images are from 0 to {num_images}")
 
 
 def pack_outcomes(outcomes: np.ndarray, due: np.ndarray) -> np.ndarray:
     """[F, N] outcomes and DUEs as [F, 3 * ceil(N / 8)] uint8: planes changed, critical, DUE."""
     num_faults, num_images = outcomes.shape
-    packed = np.empty((num_faults, packed_bytes(num_images)), np.uint8)
+    packed = np.empty((num_faults, width(num_images)), np.uint8)
     for some in _few_at_a_time(num_faults, num_images):
         planes = outcomes[some], outcomes[some] == CRITICAL, due[some]
         packed[some] = np.hstack([np.packbits(p, axis=1, bitorder="little") for p in planes])
@@ -171,12 +204,21 @@ def _as_binary(rows: np.ndarray) -> pa.Array:
 
 def decode_chunk(content: bytes, num_faults: int, num_images: int, campaign: str) -> Chunk:
     """What `encode_chunk` was given. ValueError saying why, if it is anything else."""
+    table = read_table(content, SCHEMA, num_faults, campaign)
+    rows, correct = checked_rows(table, num_faults), column_of(table, "correct")
+    if not ((correct >= 0) & (correct <= num_images)).all():
+        raise ValueError("it has more correct images than there are")
+    return Chunk(rows, _read_packed(table, num_images), correct)
+
+
+def read_table(content: bytes, schema: pa.Schema, num_faults: int, campaign: str) -> pa.Table:
+    """A chunk's table, of this schema and campaign; ValueError if it is none."""
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         metadata = file.schema_arrow.metadata or {}
         if metadata.get(b"jaxfi.campaign") != campaign.encode():
             raise ValueError("it is of another campaign")
-        if not file.schema_arrow.equals(SCHEMA):
+        if not file.schema_arrow.equals(schema):
             raise ValueError("it has other columns")
         if file.metadata.num_rows > num_faults:
             raise ValueError("it holds more faults than the list")
@@ -184,18 +226,21 @@ def decode_chunk(content: bytes, num_faults: int, num_images: int, campaign: str
         table.validate(full=True)
     except (pa.ArrowException, OSError, MemoryError) as error:
         raise ValueError(f"it is no Parquet file: {str(error).splitlines()[0]}") from None
-    rows, correct = _column(table, "row"), _column(table, "correct")
+    return table
+
+
+def checked_rows(table: pa.Table, num_faults: int) -> np.ndarray:
+    """A chunk's rows, [k]; ValueError if they are not of the list, each once."""
+    rows = column_of(table, "row")
     if len(np.unique(rows)) != len(rows) or not ((rows >= 0) & (rows < num_faults)).all():
         raise ValueError("it holds faults that are not in the list")
-    if not ((correct >= 0) & (correct <= num_images)).all():
-        raise ValueError("it has more correct images than there are")
-    return Chunk(rows, _read_packed(table, num_images), correct)
+    return rows
 
 
 def _read_packed(table: pa.Table, num_images: int) -> np.ndarray:
-    packed = _read_bytes(_without_gaps(table, "outcomes"), packed_bytes(num_images))
+    packed = _read_bytes(_without_gaps(table, "outcomes"), width(num_images))
     changed, critical, _ = planes = _planes(packed)
-    counted = [_column(table, name) for name in ("masked", "non_critical", "critical", "due")]
+    counted = [column_of(table, name) for name in ("masked", "non_critical", "critical", "due")]
     padding = [plane[:, -1] >> (num_images - 1) % 8 + 1 for plane in planes]
     if (
         not np.array_equal(counted, _counts(packed, num_images))
@@ -220,7 +265,8 @@ def _read_bytes(column: pa.ChunkedArray, width: int) -> np.ndarray:
     return np.concatenate([np.empty(0, np.uint8), *parts]).reshape(-1, width)
 
 
-def _column(table: pa.Table, name: str) -> np.ndarray:
+def column_of(table: pa.Table, name: str) -> np.ndarray:
+    """ValueError if it has gaps."""
     return _without_gaps(table, name).to_numpy()
 
 

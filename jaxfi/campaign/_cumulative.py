@@ -154,7 +154,8 @@ def cumulative_accuracy(
         whole, _ = whole_programs(programs, network_function(network))
         golden = functools.partial(whole, inputs.params)
         check_last_batch(inputs.network, golden, inputs.batches, len(inputs.labels))
-        warn_of_idle_faults(inputs.network, np.concatenate([trial.leaf for trial in trials]))
+        of_leaves = np.sum([trial.counts_by_leaf() for trial in trials], axis=0)
+        warn_of_idle_faults(inputs.network, of_leaves)
         count = functools.partial(
             _counted, _counting_program(network, programs, nan), inputs, counts
         )

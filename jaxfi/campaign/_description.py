@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from jaxfi.data._files import content_hash, damaged, read_npz
-from jaxfi.faults._list import FaultList, Stratum
+from jaxfi.faults._list import FaultList, Stratum, typed_columns
+from jaxfi.faults._sampling import ExhaustiveFaults
 
 FORMAT = 1
+KEPT = ("outcomes", "counts")  # of pairs, or numbers of faults
 CAMPAIGN_FILE = "campaign.json"
 LIST_COLUMNS = ("leaf", "element", "bit", "model", "value")
 _DTYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -23,22 +25,33 @@ _FAULTS_NAME = re.compile(r"faults-[0-9a-f]{32}\.npz")
 
 
 def describe(
-    fingerprint: Mapping[str, Any], faults: FaultList, num_images: int, content: bytes
+    fingerprint: Mapping[str, Any],
+    faults: FaultList,
+    num_images: int,
+    content: bytes | None,
+    keep: str = "outcomes",
 ) -> dict[str, Any]:
-    """What campaign.json says; `content` is the fault list's file."""
-    return signed(
-        {
-            "format": FORMAT,
-            "fingerprint": dict(fingerprint),
-            "num_faults": len(faults),
-            "num_images": num_images,
-            "paths": faults.paths,
-            "shapes": faults.shapes,
-            "dtypes": faults.dtypes,
-            "drawn_from": faults.drawn_from,
-            "faults_file": f"faults-{content_hash(content)}.npz",
-        }
-    )
+    """What campaign.json says; `content` is the fault list's file, None where it is a rule."""
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "fingerprint": dict(fingerprint),
+        "num_faults": len(faults),
+        "num_images": num_images,
+        "paths": faults.paths,
+        "shapes": faults.shapes,
+        "dtypes": faults.dtypes,
+        "drawn_from": faults.drawn_from,
+    }
+    if keep != "outcomes":
+        description["keep"] = keep
+    if content is not None:
+        description["faults_file"] = f"faults-{content_hash(content)}.npz"
+    else:
+        assert isinstance(faults, ExhaustiveFaults), "a list that is no rule has a file"
+        sites = [(faults.paths[s.leaf], s.bits) for s in faults.drawn_from or ()]
+        value = None if faults.rule_value is None else repr(faults.rule_value)
+        description["every"] = {"model": faults.rule_model, "value": value, "sites": sites}
+    return signed(description)
 
 
 def signed(description: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +75,9 @@ def read_description(directory: Path) -> dict[str, Any]:
     if description.get("format") != FORMAT:
         raise ValueError(f"{path} has format {description.get('format')}: allowed is {FORMAT}")
     fingerprint, num_images = description.get("fingerprint"), description.get("num_images")
-    if not isinstance(fingerprint, dict) or not isinstance(num_images, int) or num_images < 1:
+    keep = description.get("keep", "outcomes")
+    known = isinstance(fingerprint, dict) and isinstance(num_images, int) and keep in KEPT
+    if not known or num_images < 1:
         raise damaged(path, "it does not describe a campaign")
     return description
 
@@ -96,8 +111,14 @@ def _flatten(prefix: str, tree: Any) -> Iterator[tuple[str, str]]:
 
 def read_faults(
     directory: Path, description: dict[str, Any]
-) -> tuple[FaultList, tuple[np.ndarray, np.ndarray]]:
-    """The fault list, checked against the leaves, and the values before and after."""
+) -> tuple[FaultList, tuple[np.ndarray, np.ndarray] | None]:
+    """The fault list, checked against the leaves, and the values before and after where it has a
+    file."""
+    if "every" in description:
+        try:
+            return _read_rule(description), None
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise damaged(directory / CAMPAIGN_FILE, str(error)) from None
     name = str(description.get("faults_file"))
     if not _FAULTS_NAME.fullmatch(name):
         raise damaged(directory / CAMPAIGN_FILE, f"{name!r} is no fault list")
@@ -106,13 +127,9 @@ def read_faults(
     except FileNotFoundError:
         raise FileNotFoundError(f"{directory / name} is missing: run the campaign again") from None
     try:
-        paths, dtypes = tuple(description["paths"]), tuple(description["dtypes"])
-        if not all(map(_DTYPE_NAME.fullmatch, dtypes)):  # NumPy would parse anything as one
-            raise ValueError(f"its dtypes are {description['dtypes']}")
-        shapes = tuple(tuple(map(operator.index, shape)) for shape in description["shapes"])
         columns = (arrays[column] for column in LIST_COLUMNS)
         drawn_from = _read_strata(description.get("drawn_from"))
-        faults = FaultList(paths, shapes, dtypes, *columns, drawn_from=drawn_from)
+        faults = FaultList(*_read_leaves(description), *columns, drawn_from=drawn_from)
         faults.check()
         values = arrays["before"], arrays["after"]
         if any(v.shape != (len(faults),) or v.dtype != np.float64 for v in values):
@@ -120,6 +137,27 @@ def read_faults(
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise damaged(directory / name, str(error)) from None
     return faults, values
+
+
+def _read_leaves(description: dict[str, Any]) -> tuple[tuple, tuple, tuple]:
+    """Paths, shapes and dtypes."""
+    paths, dtypes = tuple(description["paths"]), tuple(description["dtypes"])
+    if not all(map(_DTYPE_NAME.fullmatch, dtypes)):  # NumPy would parse anything as one
+        raise ValueError(f"its dtypes are {description['dtypes']}")
+    shapes = tuple(tuple(map(operator.index, shape)) for shape in description["shapes"])
+    return paths, shapes, dtypes
+
+
+def _read_rule(description: dict[str, Any]) -> ExhaustiveFaults:
+    no_faults = typed_columns([], [], [], [], [])
+    empty = FaultList(*_read_leaves(description), *no_faults)
+    strata, rule = _read_strata(description["drawn_from"]), description["every"]
+    value = None if rule["value"] is None else float(rule["value"])
+    faults = ExhaustiveFaults(empty, strata or (), rule["model"], value)
+    faults.check()
+    if len(faults) != description["num_faults"]:
+        raise ValueError("it has another number of faults")
+    return faults
 
 
 def _read_strata(strata: Any) -> tuple[Stratum, ...] | None:

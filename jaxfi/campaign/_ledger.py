@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from jaxfi.campaign._counts import Counts
 from jaxfi.campaign._processes import Claims
+from jaxfi.campaign._workers import Block
 from jaxfi.faults._list import FaultList
 from jaxfi.outcomes._outcomes import Results
 
@@ -18,46 +20,60 @@ if TYPE_CHECKING:
     from jaxfi.campaign._store import Store
 
 
-Golden = Callable[[np.ndarray], Results]
-"""Fault-free results for the faults at these rows."""
+Kept = Results | Counts
+"""What is kept of faults."""
+
+Golden = Callable[[np.ndarray], Kept]
+"""That of the fault-free network, for the faults at these rows."""
 
 
 class Ledger(Protocol):
-    """Keeps the results of F faults; a fault that is not activated has golden's from the start."""
+    """Keeps the results of F faults."""
+
+    def begin(self, golden: Golden, idle: Sequence[np.ndarray]) -> None:
+        """Keeps golden's results for faults that change nothing, in blocks of rows."""
 
     def unfinished(self) -> np.ndarray:
         """[F] bool: faults without results yet, whoever works on them."""
 
-    def unclaimed(self, blocks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    def unclaimed(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
         """The blocks that nobody else works on, which are this process's now: rows to run."""
 
-    def write(self, rows: np.ndarray, results: Results) -> None:
+    def write(self, rows: np.ndarray, results: Kept) -> None:
         """Keeps the results of these rows."""
 
-    def results(self) -> Results:
+    def results(self) -> Kept:
         """All results; only when none is unfinished."""
 
 
 class MemoryLedger:
-    """Of a campaign without a directory."""
+    """Of a campaign without a directory; `results` are there to be overwritten."""
 
-    def __init__(self, golden: Results, activated: np.ndarray):
-        self._results = golden
-        self._unfinished = activated.copy()
+    def __init__(self, results: Kept):
+        self._results = results
+        self._unfinished = np.ones(len(results.correct), bool)
+
+    def begin(self, golden: Golden, idle: Sequence[np.ndarray]) -> None:
+        for rows in idle:
+            self.write(rows, golden(rows))
 
     def unfinished(self) -> np.ndarray:
         return self._unfinished
 
-    def unclaimed(self, blocks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        yield from blocks
+    def unclaimed(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
+        for block in blocks:
+            rows = np.asarray(block)
+            rows = rows[self._unfinished[rows]]
+            if len(rows):
+                yield rows
 
-    def write(self, rows: np.ndarray, results: Results) -> None:
+    def write(self, rows: np.ndarray, results: Kept) -> None:
         for whole, part in zip(self._results[:4], results[:4], strict=True):
             if whole is not None:
                 whole[rows] = part
         self._unfinished[rows] = False
 
-    def results(self) -> Results:
+    def results(self) -> Kept:
         return self._results
 
 
@@ -68,28 +84,28 @@ class DirectoryLedger:
         self._store, self._claims = store, claims
         self._process_index, self._num_processes = process_index, num_processes
 
-    def begin(self, golden: Golden, activated: np.ndarray) -> None:
-        """Writes the faults that are not activated."""
-        for rows in self.unclaimed([np.flatnonzero(~activated)]):
+    def begin(self, golden: Golden, idle: Sequence[np.ndarray]) -> None:
+        for rows in self.unclaimed(idle):
             self.write(rows, golden(rows))
 
     def unfinished(self) -> np.ndarray:
         return ~self._store.finished()
 
-    def unclaimed(self, blocks: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    def unclaimed(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
         # Each process begins elsewhere: they meet late, and compile other leaves first.
         start = self._process_index * len(blocks) // self._num_processes
-        for rows in (*blocks[start:], *blocks[:start]):
-            if len(rows) and self._claims.take(int(rows[0])):
+        for block in (*blocks[start:], *blocks[:start]):
+            if len(block) and self._claims.take(int(block[0])):
                 # Looked at after the claim: who had it before has written, or never will.
-                rows = rows[self.unfinished()[rows]]
+                rows = np.asarray(block)
+                rows = rows[~self._store.finished()[rows]]
                 if len(rows):
                     yield rows
 
-    def write(self, rows: np.ndarray, results: Results) -> None:
-        self._store.write(rows, results.outcomes, results.due, results.correct)
+    def write(self, rows: np.ndarray, results: Kept) -> None:
+        self._store.write(rows, results)
 
-    def results(self) -> Results:
+    def results(self) -> Kept:
         return self._store.merge() if self._process_index == 0 else self._store.read()
 
 
@@ -98,17 +114,18 @@ def open_directory(
     directory: str | os.PathLike,
     fingerprint: Mapping[str, Any],
     faults: FaultList,
-    values: tuple[np.ndarray, np.ndarray],
+    values: tuple[np.ndarray, np.ndarray] | None,
     arrays: Mapping[str, np.ndarray],
     *,
     num_images: int,
     process_index: int = 0,
     num_processes: int = 1,
+    keep: str = "outcomes",
 ) -> Iterator[DirectoryLedger]:
     """The ledger in `directory`, begun or continued. Raises as `open_store` and `Store.keep`.
 
     Args:
-      fingerprint, faults, values: as in `open_store`.
+      fingerprint, faults, values, keep: as in `open_store`.
       arrays: golden outputs and labels, [N, ...] each, to keep beside the results, and of sampled
         pairs the images, [F, m].
       num_images: of each fault.
@@ -117,7 +134,13 @@ def open_directory(
     from jaxfi.campaign._store import open_store  # only directories need its packages
 
     with open_store(
-        directory, fingerprint, faults, num_images, values=values, process_index=process_index
+        directory,
+        fingerprint,
+        faults,
+        num_images,
+        values=values,
+        process_index=process_index,
+        keep=keep,
     ) as store:
         store.keep(**arrays)
         claims = Claims(Path(directory) / "claims")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,6 +108,24 @@ def rates_by(
       order: layers in the order wanted; by default the parameter tree's. Bits are from the most
         significant down.
     """
+
+    def of(here: np.ndarray, population: float) -> tuple[int, Rates]:
+        num_faults = int(here.sum())
+        population = population if population >= num_faults else math.inf  # faults are repeated
+        return num_faults, whole_rates(results.of_faults(here), population, t)
+
+    return parts_by(faults, by, of, layer_name, order)
+
+
+def parts_by(
+    faults: FaultList,
+    by: str | Sequence[str],
+    rates: Callable[[np.ndarray, float], tuple[int, Rates]],
+    layer_name: LayerOf | None = None,
+    order: Sequence[str] | None = None,
+) -> RateTable:
+    """The table of `rates_by`: `rates` gives the number of faults and the rates of a part, a mask
+    of the `faults`, and of its possible faults."""
     keys = (by,) if isinstance(by, str) else tuple(by)
     if not keys or any(key not in KEYS for key in keys) or len(set(keys)) < len(keys):
         raise ValueError(f"cannot group by {by!r}: allowed are one or more of {', '.join(KEYS)}")
@@ -121,9 +139,8 @@ def rates_by(
         if not here.any():
             continue
         chosen = dict(zip(keys, values, strict=True))
-        population = _population(faults[here], faults, chosen, layers)
-        rates = whole_rates(results.of_faults(here), population, t)
-        parts.append(Part(", ".join(values), int(here.sum()), *rates))
+        num_faults, found = rates(here, _population(faults[here], faults, chosen, layers))
+        parts.append(Part(", ".join(values), num_faults, *found))
     return RateTable(", ".join(keys), parts)
 
 
@@ -163,4 +180,4 @@ def _population(
     population = faults.population_of(leaves, bit)
     if "model" in chosen and any(s.num_models > 1 for s in faults.drawn_from or ()):
         population //= 2  # both polarities of stuck-at were drawn: this is one of them
-    return population if population >= len(part) else math.inf
+    return population

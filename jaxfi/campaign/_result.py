@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from jaxfi.campaign._audit import Audit, Subject, audited
+from jaxfi.campaign._counts import CampaignCounts, Counts
 from jaxfi.campaign._look import html_of, lines_of
 from jaxfi.campaign._parts import RateTable, rates_by, whole_rates
+from jaxfi.campaign._sample import Sample
 from jaxfi.data._extras import extra
 from jaxfi.faults import FAULT_MODELS, FaultList, PyTree
 from jaxfi.faults._cutoff import checked_cutoff
@@ -269,8 +271,9 @@ class Campaign:
         return derived
 
 
-def load_campaign(directory: str | os.PathLike) -> Campaign:
-    """The campaign that `run_campaign(..., workdir=directory)` finished there.
+def load_campaign(directory: str | os.PathLike) -> Any:
+    """The `Campaign` that `run_campaign(..., workdir=directory)` finished there, or its
+    `CampaignCounts` where it kept counts.
 
     Raises FileNotFoundError, or ValueError naming what is missing or damaged.
     """
@@ -278,6 +281,8 @@ def load_campaign(directory: str | os.PathLike) -> Campaign:
 
     stored = load(directory)
     arrays = stored.arrays
+    if isinstance(stored.results, Counts):
+        return _loaded_counts(stored)
     return Campaign(
         stored.faults,
         *stored.results[:3],
@@ -285,4 +290,20 @@ def load_campaign(directory: str | os.PathLike) -> Campaign:
         labels=arrays["labels"],
         provenance=stored.fingerprint,
         images=arrays.get("images"),
+    )
+
+
+def _loaded_counts(stored: Any) -> CampaignCounts:
+    golden, labels = stored.arrays["golden"], stored.arrays["labels"]
+    order = stored.arrays.get("order")
+    found, num_images, sample = stored.fingerprint, stored.num_images, None
+    if order is not None:
+        in_order = np.array_equal(order, np.arange(len(labels)))
+        sample = Sample(
+            stored.faults, len(labels), num_images, found["batch_size"], found["seed"],
+            in_order=in_order,
+        )  # fmt: skip
+    masked, critical, due, correct = stored.results
+    return CampaignCounts(
+        stored.faults, masked, critical, due, correct, num_images, golden, labels, found, sample
     )

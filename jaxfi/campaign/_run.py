@@ -27,12 +27,15 @@ from jaxfi.campaign._checks import (
     warn_of_idle_faults,
     warn_of_non_finite,
 )
+from jaxfi.campaign._counts import CampaignCounts, Counts, counts_of, no_counts
 from jaxfi.campaign._fingerprint import fingerprint
-from jaxfi.campaign._ledger import Ledger, MemoryLedger, open_directory
+from jaxfi.campaign._ledger import Kept, Ledger, MemoryLedger, open_directory
 from jaxfi.campaign._result import Campaign
-from jaxfi.campaign._sample import Sample, draw_sample, reordered
+from jaxfi.campaign._sample import Sample, reordered
 from jaxfi.campaign._workers import (
+    Block,
     Price,
+    by_leaf,
     run_blocks,
     run_checked,
     split_blocks,
@@ -47,6 +50,7 @@ from jaxfi.engine._golden import Setup, golden_run, network_function
 from jaxfi.engine._kept import kept
 from jaxfi.engine._plan import mixes_images, part_of_layer, plan_leaves
 from jaxfi.faults._list import FaultList
+from jaxfi.faults._sampling import ExhaustiveFaults
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._frozen import frozen
 from jaxfi.network._graph import ApplyFn, trace_network
@@ -56,7 +60,9 @@ from jaxfi.outcomes._outcomes import (
     judge,
 )
 
-FAULTS_PER_BLOCK = 2048  # saved together; the results do not depend on it
+# Saved together; the results do not depend on it.
+FAULTS_PER_BLOCK, _MOST_FAULTS_PER_BLOCK = 2048, 2**16
+_PAIRS_PER_BLOCK = 2**22
 _LOOK_EVERY = 0.5  # seconds between two looks at what the other processes have finished
 
 
@@ -74,11 +80,12 @@ def run_campaign(
     memory_budget: int | None = None,
     seed: int = 0,
     images_per_fault: int | None = None,
+    keep: str = "outcomes",
     loop_limit: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
     workdir: str | os.PathLike | None = None,
-) -> Campaign:
+) -> Any:
     """Runs every fault on every image, or on some drawn for it.
 
     Args:
@@ -97,6 +104,9 @@ def run_campaign(
       images_per_fault: m images are drawn for each fault without replacement, seeded; a rate needs
         few (docs/sampled.md). The outcomes are then [F, m], those of the same pairs in a campaign
         of all; `Campaign.images` says which. By default, and of m = N, all images.
+      keep: "outcomes" of every pair, a `Campaign`; or "counts", how many images of each fault had
+        which, a `CampaignCounts`: for maps of every bit of every weight, of which
+        `exhaustive_faults` is a list that takes no memory.
       loop_limit: turns after which a loop whose end depends on parameters or images counts as
         endless, a hang: its outputs are NaN, a DUE. Default 100 times what the fault-free network
         takes at most.
@@ -117,7 +127,7 @@ def run_campaign(
     >>> result.outcomes.tolist()
     [[2, 1], [0, 0]]
     """
-    check_choices(engine, precision, nan, seed)
+    check_choices(engine, precision, nan, seed, keep)
     apply_fn = frozen(apply_fn)
     check_faults(faults, params)
     devices = checked_devices(devices, workdir)
@@ -134,23 +144,24 @@ def run_campaign(
             batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
             network = trace_network(apply_fn, params, batch)
         network, programs = kept(network)
-        leaves = np.unique(faults.leaf).tolist() if engine == "fast" else []
+        counts = faults.counts_by_leaf()
+        leaves = np.flatnonzero(counts).tolist() if engine == "fast" else []
         plans = plan_leaves(network, leaves)
-        costs = leaf_costs(network, plans.values(), faults.leaf)
+        costs = leaf_costs(network, plans.values(), counts)
         own_batches, batch_size = batches, batches.shape[1]
         sample = order = None
         if images_per_fault is not None and images_per_fault < len(labels):
             mixes = bool(mixes_images(network, [network.image], []))
-            sample = draw_sample(
-                faults, len(labels), images_per_fault, batch_size, seed, in_order=mixes
-            )
+            sample = Sample(faults, len(labels), images_per_fault, batch_size, seed, in_order=mixes)
             order = sample.order
             batches, labels = reordered(batches, order), labels[order]
-        num_images = len(labels) if sample is None else sample.places.shape[1]
-        num_kept = num_images * (len(faults) + min(len(faults), FAULTS_PER_BLOCK))
+        num_images = len(labels) if sample is None else sample.count
+        together = faults_together(keep, len(faults), num_images)
+        of_fault = num_images if keep == "outcomes" else len(Counts._fields)
+        num_kept = of_fault * len(faults) + num_images * together
         memory = checked_memory(memory_budget, devices, num_kept, costs)
         function = network_function(network)
-        numbers = range(len(batches)) if sample is None else sample.batches(batch_size)
+        numbers = range(len(batches)) if sample is None else sample.batches()
         whole, _ = whole_programs(programs, function)
         first = golden_run(whole, params, batches, len(labels), numbers)
         golden = first.outputs
@@ -159,21 +170,24 @@ def run_campaign(
         if numbers[-1] == len(batches) - 1:
             last = golden[len(golden) - len(golden) % batch_size :]
         check_last_batch(network, run, batches, len(labels), last)
-        warn_of_idle_faults(network, faults.leaf)
+        warn_of_idle_faults(network, counts)
         warn_of_non_finite(golden)
-        held = len(batches) if sample is None else sample.batches_of_a_fault(batch_size)
+        held = len(batches) if sample is None else sample.batches_of_a_fault()
         plans = chosen_plans(network, plans, costs, programs, first, batch_size, held, num_images)
         setup = Setup(
             network, function, params, batches, labels, golden, nan, memory, plans, order, programs
         )
         # Of the plans, which depend on shapes alone: each process of a job sees the same blocks.
         prices = {leaf: leaf_price(cost) for leaf, cost in zip(leaves, costs, strict=True)}
-        work = _Work(setup, faults, faults.activated(params), engine, seed, devices, prices, sample)
+        work = _Work(
+            setup, faults, _activated(faults, params), engine, seed, devices, prices, sample,
+            keep, together,
+        )  # fmt: skip
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
                 held = min(-(-num_images // batch_size) * batch_size, len(labels))
-                costs = leaf_costs(network, plans.values(), faults.leaf)
+                costs = leaf_costs(network, plans.values(), counts)
                 pace, wait = (
                     first.seconds_per_image,
                     seconds_to_compile(network, plans, programs, first),
@@ -182,16 +196,39 @@ def run_campaign(
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()
-        images = work.arrays()
+        arrays = work.arrays()
+    if isinstance(results, Counts):
+        golden, labels = arrays["golden"], arrays["labels"]
+        return CampaignCounts(faults, *results, num_images, golden, labels, provenance, sample)
     subject = Subject(network, params, own_batches, precision)
     return Campaign(
         faults,
         *results[:3],
         provenance=provenance,
         pairs_correct=results.pairs_correct,
-        **images,
+        **arrays,
         _subject=subject,
     )
+
+
+def faults_together(keep: str, num_faults: int, num_images: int) -> int:
+    """Faults that are run and saved together: of counts, as many as take little memory."""
+    most = FAULTS_PER_BLOCK
+    if keep == "counts":
+        most = min(max(most, _PAIRS_PER_BLOCK // num_images), _MOST_FAULTS_PER_BLOCK)
+    return min(num_faults, most)
+
+
+def _activated(faults: FaultList, params: PyTree) -> np.ndarray:
+    """[F] bool: the fault changes the stored word."""
+    if not isinstance(faults, ExhaustiveFaults):
+        return faults.activated(params)
+    activated = np.ones(len(faults), bool)
+    if faults.rule_model != "bit-flip":
+        for start in range(0, len(faults), _MOST_FAULTS_PER_BLOCK):
+            rows = slice(start, start + _MOST_FAULTS_PER_BLOCK)
+            activated[rows] = faults[rows].activated(params)
+    return activated
 
 
 class _Work(NamedTuple):
@@ -207,20 +244,56 @@ class _Work(NamedTuple):
     seed: int
     devices: Sequence[jax.Device]
     prices: Mapping[int, Price]
-    sample: Sample | None = None
+    sample: Sample | None
+    keep: str
+    together: int
 
     @property
     def num_images(self) -> int:
         """Of each fault."""
-        return self.setup.num_images if self.sample is None else self.sample.places.shape[1]
+        return self.setup.num_images if self.sample is None else self.sample.count
 
-    def blocks(self) -> list[np.ndarray]:
+    def blocks(self) -> list[Block]:
         """Of all faults, not only the unfinished: every process must see the same blocks."""
         num_workers = len(self.devices) * jax.process_count()
-        rows = np.flatnonzero(self.activated)
-        part = part_of_layer(self.setup.network, self.setup.plans.values(), self.faults)
-        near = rows[np.argsort(part[rows], kind="stable")]
-        return split_blocks(self.faults, near, FAULTS_PER_BLOCK, num_workers, self.prices)
+        blocks = split_blocks(self._rows_of_leaves(), self.together, num_workers, self.prices)
+        if self.activated.all():
+            return blocks
+        run = (rows[self.activated[rows]] for rows in map(np.asarray, blocks))
+        return [rows for rows in run if len(rows)]
+
+    def _rows_of_leaves(self) -> dict[int, Block]:
+        """Of each leaf, its faults, those in one block of a layer together."""
+        faults = self.faults
+        counts = faults.counts_by_leaf()
+        if isinstance(faults, ExhaustiveFaults) and self.keep == "counts":
+            ends = np.cumsum(counts).tolist()  # in the order of elements: they are together
+            there = np.flatnonzero(counts).tolist()
+            return {leaf: range(ends[leaf] - int(counts[leaf]), ends[leaf]) for leaf in there}
+        rows = np.flatnonzero(self.activated)  # of which blocks are full
+        part = part_of_layer(self.setup.network, self.setup.plans.values(), faults)
+        return by_leaf(faults, rows[np.argsort(part[rows], kind="stable")])
+
+    def idle(self) -> list[np.ndarray]:
+        """Faults that change nothing, in blocks."""
+        rows = np.flatnonzero(~self.activated)
+        return [rows[n : n + self.together] for n in range(0, len(rows), self.together)]
+
+    def nothing(self) -> Kept:
+        """Room for all results."""
+        shape = len(self.faults), self.num_images
+        if self.keep == "counts":
+            return no_counts(*shape)
+        outcomes, due, correct = (
+            np.empty(shape, np.uint8),
+            np.empty(shape, bool),
+            np.empty(shape, bool),
+        )
+        return Results(outcomes, due, np.empty(shape[0], np.int32), correct)
+
+    def kept(self, results: Results) -> Kept:
+        """What is kept of results."""
+        return counts_of(results) if self.keep == "counts" else results
 
     def masked(self, rows: np.ndarray) -> Results:
         """Of faults that change nothing: golden's own."""
@@ -229,7 +302,7 @@ class _Work(NamedTuple):
         if self.sample is None:
             pairs = np.broadcast_to(np.arange(len(labels)), (len(rows), len(labels)))
         else:
-            pairs = self.sample.places[rows]
+            pairs = self.sample.of(rows)
         correct = verdict.correct[pairs]
         counts = correct.sum(axis=1, dtype=np.int32)
         return Results(verdict.outcome[pairs], verdict.due[pairs], counts, correct)
@@ -240,13 +313,14 @@ class _Work(NamedTuple):
         golden, labels = self.setup.golden, self.setup.labels
         if self.sample is None:
             return {"golden": golden, "labels": labels}
-        seen = np.isin(
-            np.arange(len(labels)) // self.setup.batch_size,
-            self.sample.batches(self.setup.batch_size),
-        )
+        batch = np.arange(len(labels)) // self.setup.batch_size
+        seen = np.isin(batch, self.sample.batches())
         own = np.argsort(self.sample.order)
         golden = np.where(seen[:, None], golden, np.array(np.nan, golden.dtype))
-        return {"golden": golden[own], "labels": labels[own], "images": self.sample.images}
+        kept = {"golden": golden[own], "labels": labels[own]}
+        if self.keep == "counts":
+            return {**kept, "order": self.sample.order}
+        return {**kept, "images": self.sample.images}
 
 
 def leaf_price(cost: LeafCost) -> Price:
@@ -262,6 +336,7 @@ def _provenance(work: _Work, precision: str) -> dict[str, Any]:
         "seed": work.seed,
         "num_not_activated": int(np.count_nonzero(~work.activated)),
         **({} if work.sample is None else {"images_per_fault": work.num_images}),
+        **({} if work.keep == "outcomes" else {"keep": work.keep}),
     }
 
 
@@ -270,21 +345,29 @@ def _open_ledger(
     workdir: str | os.PathLike | None, provenance: dict[str, Any], work: _Work
 ) -> Iterator[Ledger]:
     """What is finished; faults that are not activated are from the start, with golden's results."""
+
+    def golden(rows: np.ndarray) -> Kept:
+        return work.kept(work.masked(rows))
+
     if workdir is None:
-        yield MemoryLedger(work.masked(np.arange(len(work.faults))), work.activated)
+        memory = MemoryLedger(work.nothing())
+        memory.begin(golden, work.idle())
+        yield memory
         return
+    is_rule = isinstance(work.faults, ExhaustiveFaults) and work.keep == "counts"
     with open_directory(
         workdir,
         provenance,
         work.faults,
-        work.faults.values(work.setup.params),
+        None if is_rule else work.faults.values(work.setup.params),
         work.arrays(),
         num_images=work.num_images,
         process_index=jax.process_index(),
         num_processes=jax.process_count(),
-    ) as ledger:
-        ledger.begin(work.masked, work.activated)
-        yield ledger
+        keep=work.keep,
+    ) as directory:
+        directory.begin(golden, work.idle())
+        yield directory
 
 
 def _run_unfinished(ledger: Ledger, work: _Work, progress: bool) -> None:
@@ -293,13 +376,14 @@ def _run_unfinished(ledger: Ledger, work: _Work, progress: bool) -> None:
     if not unfinished.any():
         return
     workers = start_workers(work.setup, work.engine, work.devices)
-    places = None if work.sample is None else work.sample.places
-    run_block = functools.partial(run_checked, faults=work.faults, seed=work.seed, places=places)
+    run_block = functools.partial(
+        run_checked, faults=work.faults, seed=work.seed, sample=work.sample
+    )
     with _bar(int(unfinished.sum()) * work.num_images, progress) as advance:
         while True:
             blocks = ledger.unclaimed(work.blocks())
             for rows, results in run_blocks(workers, blocks, run_block, advance):
-                ledger.write(rows, results)
+                ledger.write(rows, work.kept(results))
             if not ledger.unfinished().any():
                 return
             time.sleep(_LOOK_EVERY)  # others work on the rest, or die and leave it

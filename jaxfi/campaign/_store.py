@@ -19,14 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxfi.campaign._chunks import (
-    Chunk,
-    decode_chunk,
-    encode_chunk,
-    pack_outcomes,
-    packed_bytes,
-    unpack_outcomes,
-)
+from jaxfi.campaign import _chunks, _count_chunks
+from jaxfi.campaign._chunks import Chunk
+from jaxfi.campaign._counts import Counts
 from jaxfi.campaign._description import (
     CAMPAIGN_FILE,
     LIST_COLUMNS,
@@ -46,11 +41,11 @@ from jaxfi.data._files import (
     writing,
 )
 from jaxfi.faults._list import FaultList
-from jaxfi.outcomes._outcomes import CRITICAL, Results
+from jaxfi.outcomes._outcomes import Results
 
 _CHUNK_NAME = re.compile(r"faults-\d{9,}-\d{9,}-[0-9a-f]{32}\.parquet")
 _LOOKS, _LOOK_EVERY = 600, 0.1  # seconds; a file server may show a file that is gone for a minute
-_MERGED_BYTES = 2**26  # of packed outcomes in one merged chunk, before compression
+_KINDS: dict[str, Any] = {"outcomes": _chunks, "counts": _count_chunks}
 
 
 class StoredCampaign(NamedTuple):
@@ -60,13 +55,15 @@ class StoredCampaign(NamedTuple):
       fingerprint: as given to `open_store`.
       faults: the fault list.
       arrays: as given to `Store.keep`: golden outputs, labels, images of sampled pairs.
-      results: outcomes [F, N] uint8, due [F, N] bool, correct [F] int32.
+      results: outcomes [F, N] uint8, due [F, N] bool, correct [F] int32; or counts.
+      num_images: of each fault.
     """
 
     fingerprint: dict[str, Any]
     faults: FaultList
     arrays: dict[str, np.ndarray]
-    results: Results
+    results: Results | Counts
+    num_images: int
 
 
 class Store:
@@ -80,7 +77,9 @@ class Store:
         self.num_images: int = description["num_images"]
         self.faults, self._values = read_faults(self.directory, description)
         self._campaign: str = description["sha256"]
-        self._rows_of: dict[str, np.ndarray] = {}  # of the chunks verified so far
+        self._kind = _KINDS[description.get("keep", "outcomes")]
+        self._known: set[str] = set()  # chunks verified so far
+        self._finished = np.zeros(len(self.faults), bool)  # by those
 
     def finished(self) -> np.ndarray:
         """[F] bool: the faults whose results are on disk, by whichever process.
@@ -89,24 +88,18 @@ class Store:
         """
         return _patiently(self._find_finished)
 
-    def write(
-        self, rows: np.ndarray, outcomes: np.ndarray, due: np.ndarray, correct: np.ndarray
-    ) -> None:
+    def write(self, rows: np.ndarray, results: Results | Counts) -> None:
         """Adds one chunk: absent until it is whole, and safe from a crash once this returns.
 
         Args:
           rows: [k] integers, positions in the fault list, in any order.
-          outcomes: [k, N] uint8.
-          due: [k, N] bool.
-          correct: [k] integers.
+          results: of these faults; counts where the campaign keeps those.
 
         Raises OSError naming the file that cannot be written; the chunks before are unharmed.
         """
         rows = np.asarray(rows)
-        results = Results(np.asarray(outcomes), np.asarray(due), np.asarray(correct))
         self._check_results(rows, results)
-        packed = pack_outcomes(results.outcomes, results.due)
-        self._write_chunk(Chunk(rows, packed, results.correct))
+        self._write_chunk(Chunk(rows, self._kind.pack(results), results.correct))
 
     def keep(self, **arrays: np.ndarray) -> None:
         """Stores named arrays, such as golden outputs; on a resume, checks that they are the same.
@@ -126,7 +119,7 @@ class Store:
                 "computed other bits than this machine does; use another directory"
             )
 
-    def read(self) -> Results:
+    def read(self) -> Results | Counts:
         """All results, in the order of the fault list.
 
         Raises ValueError if faults are missing, or naming a file that is damaged or foreign.
@@ -134,17 +127,20 @@ class Store:
         return self._unpacked(_patiently(self._read_all))
 
     def _find_finished(self) -> np.ndarray:
-        finished = np.zeros(len(self.faults), bool)
         for path in self._chunks():
-            if path.name not in self._rows_of:
-                self._rows_of[path.name] = self._read_chunk(path).rows
-            finished[self._rows_of[path.name]] = True
-        return finished
+            if path.name not in self._known:
+                self._mark(path.name, self._read_chunk(path).rows)
+        return self._finished
+
+    def _mark(self, name: str, rows: np.ndarray) -> None:
+        self._known.add(name)
+        self._finished[rows] = True
 
     def _read_all(self) -> Chunk:
         """All faults in one chunk, in their order; of those without results, correct is -1."""
         num_faults = len(self.faults)
-        packed = np.zeros((num_faults, packed_bytes(self.num_images)), np.uint8)
+        width, kind = (f(self.num_images) for f in (self._kind.width, self._kind.dtype))
+        packed = np.zeros((num_faults, width), kind)
         whole = Chunk(np.arange(num_faults), packed, np.full(num_faults, -1, np.int32))
         for path in self._chunks():
             rows, *parts = self._read_chunk(path)
@@ -161,16 +157,16 @@ class Store:
             )
         return whole
 
-    def _unpacked(self, whole: Chunk) -> Results:
-        return Results(*unpack_outcomes(whole.packed, self.num_images), whole.correct)
+    def _unpacked(self, whole: Chunk) -> Results | Counts:
+        return self._kind.unpack(whole, self.num_images)
 
-    def merge(self) -> Results:
+    def merge(self) -> Results | Counts:
         """`read`, and rewrites the results in few files, the same whatever the chunks were.
 
         For one process of a job, when all is finished. It may be killed and called again.
         """
         whole, old = _patiently(self._read_all), self._chunks()
-        size = max(1, _MERGED_BYTES // packed_bytes(self.num_images))
+        size = self._kind.rows_together(self.num_images)
         parts = [slice(first, first + size) for first in range(0, len(self.faults), size)]
         new = {self._write_chunk(Chunk(*(array[part] for array in whole))) for part in parts}
         for path in old:
@@ -194,38 +190,30 @@ class Store:
     def _read_chunk(self, path: Path) -> Chunk:
         content = read_verified(path)
         try:
-            return decode_chunk(content, len(self.faults), self.num_images, self._campaign)
+            return self._kind.decode_chunk(
+                content, len(self.faults), self.num_images, self._campaign
+            )
         except ValueError as error:
             raise damaged(path, str(error)) from None
 
-    def _check_results(self, rows: np.ndarray, results: Results) -> None:
+    def _check_results(self, rows: np.ndarray, results: Results | Counts) -> None:
         """What would be refused on reading must not be written."""
-        allowed = (len(rows), self.num_images), (len(rows), self.num_images), (len(rows),)
-        shapes = tuple(array.shape for array in results[:3])
-        if shapes != allowed:
-            raise ValueError(f"a chunk's outcomes, due, correct are {shapes}: allowed is {allowed}")
-        if (
-            len(np.unique(rows)) != len(rows)
-            or not np.isin(rows, np.arange(len(self.faults))).all()
-        ):
+        self._kind.check(results, len(rows), self.num_images)
+        inside = (rows >= 0) & (rows < len(self.faults))
+        if len(np.unique(rows)) != len(rows) or not inside.all():
             raise ValueError(f"a chunk's rows are distinct and from 0 to {len(self.faults) - 1}")
-        if results.outcomes.max(initial=0) > CRITICAL:
-            raise ValueError(
-                f"a chunk's outcomes hold {results.outcomes.max()}: allowed are 0, 1, 2"
-            )
-        if not ((results.correct >= 0) & (results.correct <= self.num_images)).all():
-            raise ValueError(f"a chunk's correct images are from 0 to {self.num_images}")
 
     def _write_chunk(self, chunk: Chunk) -> Path | None:
         rows = chunk.rows
         if len(rows) == 0:
             return None
-        values = self._values[0][rows], self._values[1][rows]
-        content = encode_chunk(chunk, self.faults[rows], values, self.num_images, self._campaign)
+        values = self._values and (self._values[0][rows], self._values[1][rows])
+        faults, encode = self.faults[rows], self._kind.encode_chunk
+        content = encode(chunk, faults, values, self.num_images, self._campaign)
         name = f"faults-{rows.min():09d}-{len(rows):09d}-{content_hash(content)}.parquet"
         path = self.directory / "results" / name
         write_whole(path, content, self._process_index)
-        self._rows_of[name] = rows
+        self._mark(name, rows)
         return path
 
 
@@ -236,8 +224,9 @@ def open_store(
     faults: FaultList,
     num_images: int,
     *,
-    values: tuple[np.ndarray, np.ndarray],
+    values: tuple[np.ndarray, np.ndarray] | None,
     process_index: int = 0,
+    keep: str = "outcomes",
 ) -> Iterator[Store]:
     """Opens or creates the results of one campaign, locked against a second process.
 
@@ -246,8 +235,10 @@ def open_store(
       fingerprint: what the results depend on; nested, of JSON's types.
       faults: [F] faults.
       num_images: N, images per fault.
-      values: the parameters' values before and after each fault, two [F] float64 arrays.
+      values: the parameters' values before and after each fault, two [F] float64 arrays; None
+        where the list is a rule.
       process_index: which process of the job this is; each has its own lock.
+      keep: "outcomes" of pairs, or "counts" of faults.
 
     Raises ValueError naming each difference if the directory holds another campaign, or the file
     that is damaged; BlockingIOError if another process holds the lock; OSError naming the file
@@ -257,12 +248,14 @@ def open_store(
     with writing(directory):
         (directory / "results").mkdir(parents=True, exist_ok=True)
     with locked(directory / f"lock-{process_index:04d}"):
-        columns = {name: getattr(faults, name) for name in LIST_COLUMNS}
-        content = to_npz({**columns, "before": values[0], "after": values[1]})
-        description = describe(fingerprint, faults, num_images, content)
+        content = None
+        if values is not None:
+            columns = {name: getattr(faults, name) for name in LIST_COLUMNS}
+            content = to_npz({**columns, "before": values[0], "after": values[1]})
+        description = describe(fingerprint, faults, num_images, content, keep)
         if (directory / CAMPAIGN_FILE).exists():
             check_same(directory, read_description(directory), description)
-        if not (directory / description["faults_file"]).exists():
+        if content is not None and not (directory / description["faults_file"]).exists():
             write_whole(directory / description["faults_file"], content, process_index)
         if not (directory / CAMPAIGN_FILE).exists():
             text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
@@ -278,7 +271,7 @@ def load(directory: str | os.PathLike) -> StoredCampaign:
     """
     store = Store(directory)
     arrays = _read_golden(store.directory)
-    return StoredCampaign(store.fingerprint, store.faults, arrays, store.read())
+    return StoredCampaign(store.fingerprint, store.faults, arrays, store.read(), store.num_images)
 
 
 def _patiently(read: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxfi.campaign._sample import Sample
 from jaxfi.engine._compilation import own_settings
 from jaxfi.engine._engines import ENGINES, Advance, Engine
 from jaxfi.engine._golden import Setup
@@ -47,36 +48,43 @@ class Price(NamedTuple):
     block: float = 0.0
 
 
+Block = np.ndarray | range
+"""Rows that are run and saved together."""
+
 RunBlock = Callable[[Worker, np.ndarray, Advance], Results]
 
 
+def by_leaf(faults: FaultList, rows: np.ndarray) -> dict[int, Block]:
+    """The rows of each leaf that has any, in their order."""
+    leaves = faults.leaf[rows]
+    return {leaf: rows[leaves == leaf] for leaf in np.unique(leaves).tolist()}
+
+
 def split_blocks(
-    faults: FaultList,
-    rows: np.ndarray,
+    rows_of: Mapping[int, Block],
     largest: int,
     num_workers: int,
     prices: Mapping[int, Price] | None = None,
-) -> list[np.ndarray]:
+) -> list[Block]:
     """Rows that are run and saved together: faults of one leaf, enough blocks for all workers.
 
     Args:
-      faults: the whole list.
-      rows: of it, [k] integers, are divided in their order: neighbours stay together.
+      rows_of: of each leaf, rows that are divided in their order: neighbours stay together.
       largest: faults in a block at most.
       num_workers: devices of all processes. Of several, each gets a few blocks, so that the last to
         finish is not far behind the first.
       prices: of each leaf that has faults; by default all faults take as long.
     """
-    leaves, counts = np.unique(faults.leaf[rows], return_counts=True)
-    of_leaf = {leaf: (prices or {}).get(leaf, Price(1.0)) for leaf in leaves}
-    total = sum(count * of_leaf[leaf].fault for leaf, count in zip(leaves, counts, strict=True))
+    of_leaf = {leaf: (prices or {}).get(leaf, Price(1.0)) for leaf in rows_of}
+    total = sum(len(rows_of[leaf]) * price.fault for leaf, price in of_leaf.items())
     share = total / (num_workers * _BLOCKS_PER_WORKER) if num_workers > 1 else np.inf
-    blocks = []
+    blocks: list[Block] = []
     for leaf, price in of_leaf.items():
         wanted = max(share, price.block) / price.fault if price.fault else largest
         size = math.ceil(min(wanted, largest)) or 1
-        there = rows[faults.leaf[rows] == leaf]
-        blocks += [np.sort(there[n : n + size]) for n in range(0, len(there), size)]
+        there = rows_of[leaf]
+        parts = (there[n : n + size] for n in range(0, len(there), size))
+        blocks += [part if isinstance(part, range) else np.sort(part) for part in parts]
     return blocks
 
 
@@ -155,10 +163,10 @@ def run_checked(
     *,
     faults: FaultList,
     seed: int,
-    places: np.ndarray | None = None,
+    sample: Sample | None = None,
 ) -> Results:
     """Runs a block with null faults among it, at places of its faults, which must all be masked;
-    of sampled pairs, on the images of one of these faults, whose `places` are [F, m].
+    of sampled pairs, on the images of one of these faults.
 
     Raises NotReproducible if one is not.
     """
@@ -169,7 +177,10 @@ def run_checked(
     like = generator.choice(len(faults), num_null)
     mixed = faults + faults.nulls(faults.element[like])
     order = generator.permutation(len(mixed))
-    picks = None if places is None else places[np.concatenate([rows, rows[like]])][order]
+    picks = None
+    if sample is not None:
+        places = sample.of(rows)
+        picks = np.concatenate([places, places[like]])[order]
     results = worker.engine(mixed[order], advance, picks)
     place = np.argsort(order)
     if np.any(results.outcomes[place[len(faults) :]] != MASKED):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 from jaxfi.engine._compilation import compiled
 from jaxfi.engine._golden import LEAST_CHECKED, Setup
 from jaxfi.engine._packing import Group, Packer
-from jaxfi.engine._plan import part_of_layer, slice_plan, undivided
+from jaxfi.engine._plan import slice_plan, undivided
 from jaxfi.engine._programs import Golden, Programs
 from jaxfi.engine._tally import Tally
 from jaxfi.faults._list import FaultList
@@ -306,7 +307,8 @@ def _groups(
     The invisible ride together; of the others those in one block of the leaf's own layer, which
     must, and those with the same channel, whose pairs then fill the same batches of the suffix.
     """
-    plan, own, host = programs.plan, programs.own, faults.on_host()
+    plan, own = programs.plan, programs.own
+    host: Any = faults.on_host()
     size, shape = plan.num_columns, list(faults.shapes[plan.leaf])
     place = list(np.unravel_index(host.element, shape))
     channel, place[plan.axis] = place[plan.axis].astype(np.int32), np.zeros_like(host.element)
@@ -326,14 +328,17 @@ def _groups(
     for same_block in np.split(order, ends):
         for start in range(0, len(same_block), size):
             part = same_block[start : start + size]
-            yield part, Group(
-                rows=filled(rows[part], -1),
-                null=filled(null[part]),
-                block=int(block[part[0]]),
-                channel=filled(channel[part]),
-                element=filled(element[part]) + in_column,
-                keep=filled(host.keep[part], np.iinfo(host.keep.dtype).max),
-                flip=filled(host.flip[part]),
+            yield (
+                part,
+                Group(
+                    rows=filled(rows[part], -1),
+                    null=filled(null[part]),
+                    block=int(block[part[0]]),
+                    channel=filled(channel[part]),
+                    element=filled(element[part]) + in_column,
+                    keep=filled(host.keep[part], np.iinfo(host.keep.dtype).max),
+                    flip=filled(host.flip[part]),
+                ),
             )
 
 

@@ -110,16 +110,14 @@ def explain(
         network = trace_network(apply_fn, params, batch)
     used_leaves(network)
     num_classes(network)  # two or more
-    leaves = np.empty(0, np.int64) if faults is None else faults.leaf
-    counts = np.bincount(leaves, minlength=len(network.leaves))
+    counts = np.zeros(len(network.leaves), np.int64) if faults is None else faults.counts_by_leaf()
     idle, faulty = (np.flatnonzero(there).tolist() for there in (counts == 0, counts > 0))
     plans = plan_leaves(network, idle) | plan_leaves(network, faulty)
-    return leaf_costs(network, [plans[leaf] for leaf in range(len(counts))], leaves)
+    return leaf_costs(network, [plans[leaf] for leaf in range(len(counts))], counts)
 
 
-def leaf_costs(network: Network, plans: Iterable[LeafPlan], leaves: np.ndarray) -> list[LeafCost]:
-    """What each plan costs for faults in these leaves, [F] positions."""
-    counts = np.bincount(leaves, minlength=len(network.leaves))
+def leaf_costs(network: Network, plans: Iterable[LeafPlan], counts: np.ndarray) -> list[LeafCost]:
+    """What each plan costs; `counts` are the faults of each leaf."""
     return [_cost(network, plan, int(counts[plan.leaf])) for plan in plans]
 
 

@@ -85,10 +85,8 @@ class FaultList:
         """A list from arrays that broadcast to [F]; `model` is a name or codes. Not validated."""
         if isinstance(model, str):
             model = FAULT_MODELS.index(checked_model(model))
-        columns = np.broadcast_arrays(leaf, element, bit, model, value)
-        typed = zip(columns, _COLUMN_TYPES, strict=True)
-        arrays = [np.array(column, dtype).reshape(-1) for column, dtype in typed]
-        return cls(*describe_leaves(params), *arrays, drawn_from=drawn_from)
+        columns = typed_columns(leaf, element, bit, model, value)
+        return cls(*describe_leaves(params), *columns, drawn_from=drawn_from)
 
     @classmethod
     def from_sites(
@@ -110,6 +108,10 @@ class FaultList:
 
     def __len__(self) -> int:
         return len(self.leaf)
+
+    def counts_by_leaf(self) -> np.ndarray:
+        """How many faults each leaf has, one int64 a leaf."""
+        return np.bincount(self.leaf, minlength=len(self.paths))
 
     def __repr__(self) -> str:
         return "\n".join(self._lines())
@@ -145,7 +147,7 @@ class FaultList:
         columns: dict[str, Any] = {
             name: np.atleast_1d(getattr(self, name)[rows]) for name in _COLUMNS
         }
-        return dataclasses.replace(self, drawn_from=None, **columns)
+        return FaultList(*self._leaves(), **columns)
 
     def __add__(self, other: FaultList) -> FaultList:
         """Both lists, of the same parameters, one after the other; ValueError for others.
@@ -161,7 +163,7 @@ class FaultList:
         }
         known = self.drawn_from is not None and other.drawn_from is not None
         drawn_from = (*(self.drawn_from or ()), *(other.drawn_from or ())) if known else None
-        return dataclasses.replace(self, drawn_from=drawn_from, **columns)
+        return FaultList(*self._leaves(), **columns, drawn_from=drawn_from)
 
     def nulls(self, elements: np.ndarray) -> FaultList:
         """Faults that change nothing, at these elements of the first fault's leaf."""
@@ -392,6 +394,13 @@ class FaultList:
                 raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
+
+
+def typed_columns(leaf: Any, element: Any, bit: Any, model: Any, value: Any) -> list[np.ndarray]:
+    """A list's columns from arrays that broadcast to [F]; `model` is codes."""
+    columns = np.broadcast_arrays(leaf, element, bit, model, value)
+    typed = zip(columns, _COLUMN_TYPES, strict=True)
+    return [np.array(column, dtype).reshape(-1) for column, dtype in typed]
 
 
 def _most(values: np.ndarray, shown: int = 4) -> str:

@@ -8,6 +8,8 @@ and a longer list from the same key by="network" begins with the shorter one.
 from __future__ import annotations
 
 import fnmatch
+import functools
+import html
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -19,7 +21,7 @@ import numpy as np
 
 from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._layers import LayerOf, layers_of
-from jaxfi.faults._list import FaultList, Stratum
+from jaxfi.faults._list import FaultList, Stratum, typed_columns
 from jaxfi.faults._sites import checked_integer, checked_model, checked_value
 from jaxfi.faults._transforms import BIT_MODELS, FAULT_MODELS, PyTree, word_bits
 
@@ -145,15 +147,120 @@ def exhaustive_faults(
     """Every fault site, in the order leaf, element, bit. Arguments and errors as in
     `sample_faults`.
 
+    The list is a rule: it takes no memory until its columns are asked for, and `[rows]` makes those
+    rows alone. `run_campaign(..., keep="counts")` goes through it so.
+
     >>> len(exhaustive_faults({"w": np.zeros((3, 4), np.int8)}))
     96
     """
     empty, leaves = _selected_leaves(params, model, paths, bits)
     value = _checked_value(value, model, empty, leaves)
-    sites = np.arange(sum(_site_counts(empty, leaves, model)), dtype=np.uint64)
-    leaf, element, bit, code = _decode(empty, leaves, sites, model)
-    drawn_from = _drawn_from(leaves, model)
-    return FaultList.from_arrays(params, leaf, element, bit, code, value, drawn_from)
+    return ExhaustiveFaults(empty, _drawn_from(leaves, model), model, value)
+
+
+class ExhaustiveFaults(FaultList):
+    """A `FaultList` of every fault of some sites, in the order leaf, element, bit, polarity.
+
+    Its columns are made when they are first asked for, and rows when those are.
+
+    Args:
+      empty: a list of no faults, which describes the parameters.
+      drawn_from: the sites; each leaf once, in order.
+      model: one of `FAULT_MODELS`, or "stuck-at" for both polarities.
+      value: what the model "value" writes.
+    """
+
+    def __init__(
+        self,
+        empty: FaultList,
+        drawn_from: Sequence[Stratum],
+        model: str,
+        value: float | None = None,
+    ):
+        given = {name: getattr(empty, name) for name in ("paths", "shapes", "dtypes")}
+        self.drawn_from: tuple[Stratum, ...]
+        self.rule_model: str
+        self.rule_value: float | None
+        self._sizes: list[int]
+        given |= {"drawn_from": tuple(drawn_from), "rule_model": model, "rule_value": value}
+        self.__dict__.update(given)  # the class is frozen
+        strata = [(leaf, bits) for leaf, bits, _ in drawn_from]
+        self.__dict__["_sizes"] = _site_counts(empty, strata, model)
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def __getitem__(self, rows: Any) -> FaultList:
+        return self._rows(_positions(rows, len(self)))
+
+    def counts_by_leaf(self) -> np.ndarray:
+        counts = np.zeros(len(self.paths), np.int64)
+        counts[[stratum.leaf for stratum in self.drawn_from]] = self._sizes
+        return counts
+
+    def _lines(self) -> list[str]:
+        sizes = zip(self._sizes, self.drawn_from, strict=True)
+        where = ", ".join(f"{size:,} {self.paths[stratum.leaf]}" for size, stratum in sizes)
+        return [
+            f"FaultList: every {self.rule_model} of {len(self.drawn_from)} of {len(self.paths)} "
+            f"leaves, {len(self):,} faults",
+            f"  {where}",
+            '  go on: [rows], +, jaxfi.run_campaign(..., keep="counts")',
+        ]
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+    def check(self) -> None:
+        sizes = [math.prod(shape) for shape in self.shapes]
+        if any(size < 0 for shape in self.shapes for size in shape):
+            raise ValueError(f"its shapes are {self.shapes}")
+        leaves = [stratum.leaf for stratum in self.drawn_from]
+        if leaves != sorted(set(leaves)) or not set(leaves) <= set(range(len(sizes))):
+            raise ValueError("its leaves are not each there once, in order")
+        polarities = 2 if self.rule_model == STUCK_AT else 1
+        for leaf, bits, num_models in self.drawn_from:
+            allowed = _allowed_bits(self.paths[leaf], self.dtypes[leaf], self.rule_model, None)
+            if num_models != polarities or list(bits) != sorted(set(bits) & set(allowed)):
+                raise ValueError(f"it cannot hold {Stratum(leaf, bits, num_models)}")
+        if self.rule_model != STUCK_AT:
+            checked_model(self.rule_model)
+
+    def _rows(self, sites: np.ndarray) -> FaultList:
+        strata = [(leaf, bits) for leaf, bits, _ in self.drawn_from]
+        leaf, element, bit, code = _decode(self, strata, sites, self.rule_model)
+        columns = typed_columns(leaf, element, bit, code, self.rule_value)
+        return FaultList(*self._leaves(), *columns)
+
+    @functools.cached_property
+    def _table(self) -> FaultList:
+        return self._rows(np.arange(len(self)))
+
+    # What the base class holds as fields.
+    leaf = property(lambda self: self._table.leaf)
+    element = property(lambda self: self._table.element)
+    bit = property(lambda self: self._table.bit)
+    model = property(lambda self: self._table.model)
+    value = property(lambda self: self._table.value)
+
+
+def _positions(rows: Any, length: int) -> np.ndarray:
+    """What an index chooses of `range(length)`, [k]. IndexError as NumPy."""
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(length))
+    rows = np.atleast_1d(rows)
+    if rows.size == 0:
+        return np.empty(0, np.int64)
+    if rows.dtype == bool:
+        if rows.shape != (length,):
+            raise IndexError(f"a mask is {rows.shape}: allowed is {(length,)}")
+        return np.flatnonzero(rows)
+    if not np.issubdtype(rows.dtype, np.integer):
+        raise IndexError(f"faults are chosen by {rows.dtype}: allowed are integers and masks")
+    wrong = rows[(rows < -length) | (rows >= length)]
+    if wrong.size:
+        raise IndexError(f"index {wrong[0]} is out of bounds for a list of {length:,} faults")
+    return rows % length
 
 
 def _selected_leaves(
@@ -287,9 +394,10 @@ def _generator(key: Any, stratum: int) -> np.random.Philox:
     return np.random.Philox(np.random.SeedSequence(_words(key), spawn_key=(stratum,)))
 
 
-def generator_of(key: Any) -> np.random.Philox:
+def generator_of(key: Any, *numbers: int) -> np.random.Philox:
     """NumPy's random bits of a key, the same everywhere; for what is no fault list."""
-    return _generator(key, 2**32 - 1)
+    spawn_key = (2**32 - 1, *numbers)
+    return np.random.Philox(np.random.SeedSequence(_words(key), spawn_key=spawn_key))
 
 
 def _draw_distinct(generator: np.random.Philox, count: int, population: int) -> np.ndarray:

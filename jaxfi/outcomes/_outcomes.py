@@ -19,7 +19,7 @@ import numpy as np
 from jaxfi.faults import FaultList
 from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._transforms import to_words
-from jaxfi.outcomes._two_stage import Seen, clean_accuracy, parts_of_variance
+from jaxfi.outcomes._two_stage import Parts, Seen, clean_accuracy, parts_of_variance
 
 MASKED, NON_CRITICAL, CRITICAL = 0, 1, 2
 NAN_POLICIES = ("critical", "argmax")
@@ -199,11 +199,28 @@ def estimate_rate(
     t, num_faults = checked_cutoff(t, confidence), len(per_fault)
     if num_faults == 0 or num_images == 0:
         raise ValueError(f"no rate of {num_faults} faults x {num_images} images: both must be > 0")
-    mean = float(np.mean(per_fault))
+    return _estimate(moments_of(per_fault), num_images, population, t)
+
+
+class Moments(NamedTuple):
+    """Sums of the shares [F] that faults count, each from 0 to 1, and of their squares."""
+
+    num_faults: int
+    total: float
+    squares: float
+
+
+def moments_of(per_fault: np.ndarray) -> Moments:
+    """Of shares [F]."""
+    return Moments(len(per_fault), float(np.sum(per_fault)), float(np.sum(np.square(per_fault))))
+
+
+def _estimate(moments: Moments, num_images: int, population: float, t: float) -> Estimate:
+    num_faults, mean = moments.num_faults, moments.total / moments.num_faults
     correction = max(1 - num_faults / population, 0.0)
     if correction == 0:
         return Estimate(mean, mean, mean)
-    effect, _ = _design_effect(per_fault, t)
+    effect, _ = _design_effect(moments, t)
     return _wilson(mean, num_faults / min(max(effect, 1 / num_images), 1.0) / correction, t)
 
 
@@ -216,13 +233,13 @@ def _wilson(mean: float, size: float, t: float) -> Estimate:
     return Estimate(mean, min(max(center - half, 0.0), mean), max(min(center + half, 1.0), mean))
 
 
-def _design_effect(per_fault: np.ndarray, t: float) -> tuple[float, float]:
+def _design_effect(moments: Moments, t: float) -> tuple[float, float]:
     """D of `estimate_rate`: 1 where each fault does all or nothing, less where they are alike; and
     the variance of those that do all or nothing."""
     all_or_nothing = t**2 / 2
-    num_faults = len(per_fault) + 2 * all_or_nothing
-    mean = (float(np.sum(per_fault)) + all_or_nothing) / num_faults
-    variance = (float(np.sum(np.square(per_fault))) + all_or_nothing) / num_faults - mean**2
+    num_faults = moments.num_faults + 2 * all_or_nothing
+    mean = (moments.total + all_or_nothing) / num_faults
+    variance = (moments.squares + all_or_nothing) / num_faults - mean**2
     return variance / (mean * (1 - mean)), mean * (1 - mean)
 
 
@@ -235,15 +252,45 @@ def estimate_sampled_rate(values: np.ndarray, seen: Seen, population: float, t: 
       population: possible faults.
       t: cut-off.
     """
-    per_fault, (num_faults, count) = values.mean(axis=1), values.shape
-    effect, all_or_nothing = _design_effect(per_fault, t)
-    parts = parts_of_variance(values, seen)
-    unseen = (1 - count / len(seen.right)) / count / 4  # of a fault that halves its images
+    moments, parts = moments_of(values.mean(axis=1)), parts_of_variance(values, seen)
+    return _sampled_estimate(moments, parts, values.shape[1], len(seen.right), population, t)
+
+
+def estimate_counted_rate(
+    moments: Moments, count: int, num_images: int, leaning: float, population: float, t: float
+) -> Estimate:
+    """`estimate_rate` or `estimate_sampled_rate` where only numbers of images were kept.
+
+    What faults share that saw the same images is then not known: taken is the most that it can be,
+    since the variance of images for all faults alike is at most that for each.
+
+    Args:
+      moments: of the faults' shares.
+      count: m, images that each fault saw; `num_images`: N, of which.
+      leaning: E of `_two_stage`.
+      population, t: as in `estimate_sampled_rate`.
+    """
+    if count == num_images:
+        return _estimate(moments, num_images, population, t)
+    mean = moments.total / moments.num_faults
+    spread = (moments.total - moments.squares) / moments.num_faults * count / max(count - 1, 1)
+    spread = spread if count > 1 else mean * (1 - mean)
+    parts = Parts((1 - count / num_images) * spread / count, leaning * spread)
+    return _sampled_estimate(moments, parts, count, num_images, population, t)
+
+
+def _sampled_estimate(
+    moments: Moments, parts: Parts, count: int, num_images: int, population: float, t: float
+) -> Estimate:
+    num_faults = moments.num_faults
+    effect, all_or_nothing = _design_effect(moments, t)
+    unseen = (1 - count / num_images) / count / 4  # of a fault that halves its images
     within = (num_faults * parts.within + t**2 * unseen) / (num_faults + t**2)
     correction = max(1 - num_faults / population, 0.0)
     between = min(max(effect, 1 / count), 1.0) * correction
     others = (1 - correction) * within + num_faults * parts.shared
-    return _wilson(float(per_fault.mean()), num_faults / (between + others / all_or_nothing), t)
+    size = num_faults / (between + others / all_or_nothing)
+    return _wilson(moments.total / num_faults, size, t)
 
 
 def estimate_sampled_difference(

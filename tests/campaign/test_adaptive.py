@@ -12,7 +12,7 @@ from jaxfi import exhaustive_faults, run_campaign
 from jaxfi.campaign import _adaptive, run_sequential, run_stratified
 from jaxfi.campaign._adaptive import _layers_and_bits
 from jaxfi.campaign._anytime import anytime_estimate, confidence_sequence, draw_until_kept
-from jaxfi.campaign._sample import draw_sample
+from jaxfi.campaign._sample import Sample
 from jaxfi.campaign._strata import (
     Strata,
     draw_strata_until_kept,
@@ -337,7 +337,7 @@ def test_sampled_intervals_hold(run, count, monkeypatch) -> None:
     def looked_up(apply_fn, params, faults, images, labels, images_per_fault, seed, **_):
         sites = zip(faults.leaf.tolist(), faults.element.tolist(), faults.bit.tolist(), strict=True)
         rows = np.array([row_of[site] for site in sites])
-        pairs = rows[:, None], draw_sample(faults, 60, images_per_fault, 20, seed).images
+        pairs = rows[:, None], Sample(faults, 60, images_per_fault, 20, seed).images
         correct = census.pairs_correct[pairs]
         return dataclasses.replace(
             census, faults=faults, outcomes=census.outcomes[pairs], due=census.due[pairs],

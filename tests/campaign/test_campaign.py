@@ -27,7 +27,7 @@ from jaxfi import (
 )
 from jaxfi.campaign import _run as campaign
 from jaxfi.campaign._description import read_description, read_faults
-from jaxfi.campaign._workers import Price, split_blocks
+from jaxfi.campaign._workers import Price, by_leaf, split_blocks
 from jaxfi.convert import from_torch, to_torch
 from jaxfi.faults import FaultList
 from jaxfi.models import MODELS
@@ -347,7 +347,7 @@ def test_blocks_divide_the_rows_of_each_leaf() -> None:
     faults = faults_of([100, 3, 900])
     rows = np.flatnonzero(faults.element % 7 > 0)
     for num_workers, prices in ((1, None), (3, None), (2, {0: Price(3.0, 5.0), 1: Price(0.0)})):
-        blocks = split_blocks(faults, rows, 200, num_workers, prices)
+        blocks = split_blocks(by_leaf(faults, rows), 200, num_workers, prices)
         np.testing.assert_array_equal(np.sort(np.concatenate(blocks)), rows)
         assert all(len(np.unique(faults.leaf[block])) == 1 for block in blocks)
         assert max(map(len, blocks)) <= 200
@@ -360,7 +360,7 @@ def test_a_leaf_whose_faults_take_long_is_cut_finer() -> None:
     rows = np.arange(1000)
 
     def sizes(prices: dict[int, Price]) -> list[list[int]]:
-        blocks = split_blocks(faults, rows, 2048, 4, prices)
+        blocks = split_blocks(by_leaf(faults, rows), 2048, 4, prices)
         return [[len(b) for b in blocks if faults.leaf[b[0]] == leaf] for leaf in (0, 1)]
 
     assert sizes({0: Price(9.0), 1: Price(1.0)}) == [[13] * 7 + [9], [113] * 7 + [109]]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxfi
-from jaxfi.campaign._sample import draw_sample
+from jaxfi.campaign._sample import Sample
 from jaxfi.outcomes._outcomes import Rates, Results, estimate_sampled_difference, rate_of
 from jaxfi.outcomes._two_stage import Seen, parts_of_variance
 from tests import conformance_models
@@ -145,7 +145,7 @@ def test_every_image_is_as_likely() -> None:
     """Also where the last batch is a short one, and where a fault takes more than a batch."""
     faults = Faults(leaf=np.sort(RANDOM.integers(0, 3, 12)))
     for count in (1, 4, 9):
-        drawn = [draw_sample(faults, 11, count, 4, seed).images for seed in range(1500)]
+        drawn = [Sample(faults, 11, count, 4, seed).images for seed in range(1500)]
         assert all(len(set(row)) == count for images in drawn for row in images.tolist())
         share = np.bincount(np.concatenate(drawn).ravel(), minlength=11) / (1500 * 12)
         # Faults that share a window are not independent: four windows in each draw.
@@ -155,10 +155,10 @@ def test_every_image_is_as_likely() -> None:
 
 def test_a_draw_is_of_its_seed_alone() -> None:
     faults = Faults(leaf=np.zeros(50, int))
-    a, b, c = (draw_sample(faults, 100, 5, 20, seed) for seed in (1, 1, 2))
+    a, b, c = (Sample(faults, 100, 5, 20, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(a.images, b.images)
     assert not np.array_equal(a.images, c.images)
-    assert a.images[0].tolist() == [3, 82, 35, 51, 47]  # on every machine
+    assert a.images[0].tolist() == [3, 59, 99, 96, 82]  # on every machine
 
 
 # Intervals
@@ -184,10 +184,10 @@ def coverage(outcomes, right, leaf, num_faults, count, batch_size, repeats, t):
     for seed in range(repeats):
         random = np.random.default_rng(seed)
         rows = np.sort(random.choice(size, num_faults, replace=False))
-        sample = draw_sample(Faults(leaf=leaf[rows]), num_images, count, batch_size, seed)
+        sample = Sample(Faults(leaf=leaf[rows]), num_images, count, batch_size, seed)
         pairs = rows[:, None], sample.images
         known = np.isin(sample.order, sample.order[
-            np.isin(np.arange(num_images) // batch_size, sample.batches(batch_size))
+            np.isin(np.arange(num_images) // batch_size, sample.batches())
         ])  # fmt: skip
         clean = np.full(num_images, -1, np.int8)
         clean[sample.order[known]] = right[sample.order[known]]

@@ -25,6 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxfi.campaign import _chunks
 from jaxfi.campaign import _store as store_module
 from jaxfi.campaign._chunks import Chunk, decode_chunk, encode_chunk, pack_outcomes, unpack_outcomes
 from jaxfi.campaign._description import signed
@@ -68,7 +69,7 @@ def opened(directory: Path, **changes: object):
 
 
 def write_rows(store: store_module.Store, rows: np.ndarray) -> None:
-    store.write(rows, *(array[rows] for array in RESULTS[:3]))
+    store.write(rows, Results(*(array[rows] for array in RESULTS[:3])))
 
 
 def write_all(directory: Path, size: int = 25) -> Path:
@@ -176,9 +177,8 @@ def test_models_without_a_bit_or_images(tmp_path: Path) -> None:
     faults = FaultList.from_sites([("scale", (), None)] * 2, PARAMS, model="value", value=7)
     with opened(tmp_path, faults=faults, num_images=1, values=faults.values(PARAMS)) as store:
         store.keep(golden=GOLDEN)
-        store.write(
-            np.array([1, 0]), np.ones((2, 1), np.uint8), np.zeros((2, 1), bool), np.zeros(2)
-        )
+        everything = Results(np.ones((2, 1), np.uint8), np.zeros((2, 1), bool), np.zeros(2))
+        store.write(np.array([1, 0]), everything)
     campaign = load(tmp_path)
     assert campaign.faults == faults
     assert campaign.results.outcomes.tolist() == [[1], [1]]
@@ -245,7 +245,7 @@ def test_a_link_to_nowhere_is_named(finished_campaign: Path, tmp_path: Path, mon
 
 
 def test_merge_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_MERGED_BYTES", 13 * 9)
+    monkeypatch.setattr(_chunks, "_MERGED_BYTES", 13 * 9)
     write_all(tmp_path, size=7)
     with opened(tmp_path) as store:
         store.merge()
@@ -261,9 +261,8 @@ def test_chunks_of_one_fault_twice(tmp_path: Path) -> None:
     with opened(tmp_path, process_index=1) as store:
         write_rows(store, np.array([5, 59]))
         assert_whole(load(tmp_path))
-        store.write(
-            np.array([5]), 2 - RESULTS.outcomes[[5]], RESULTS.due[[5]], RESULTS.correct[[5]]
-        )
+        other = Results(2 - RESULTS.outcomes[[5]], RESULTS.due[[5]], RESULTS.correct[[5]])
+        store.write(np.array([5]), other)
     with pytest.raises(ValueError, match="contradicts another chunk"):
         load(tmp_path)
 
@@ -316,7 +315,7 @@ def test_what_cannot_be_read_is_not_written(
     tmp_path: Path, rows: tuple, change: Callable, message: str
 ) -> None:
     with opened(tmp_path) as store, pytest.raises(ValueError, match=message):
-        store.write(np.array(rows), *change(*(array[:3] for array in RESULTS[:3])))
+        store.write(np.array(rows), Results(*change(*(array[:3] for array in RESULTS[:3]))))
     assert not chunks_of(tmp_path)
 
 

@@ -12,7 +12,7 @@ import torch
 from jax import lax
 
 from jaxfi import FaultList, run_campaign
-from jaxfi.campaign._workers import split_blocks
+from jaxfi.campaign._workers import by_leaf, split_blocks
 from jaxfi.engine._golden import network_function
 from jaxfi.engine._plan import part_of_layer, plan_leaves
 from jaxfi.models import MODELS
@@ -254,7 +254,7 @@ def test_faults_of_one_block_are_saved_together() -> None:
     plans = plan_leaves(network, np.unique(faults.leaf).tolist())
     part = part_of_layer(network, plans.values(), faults)
     assert part[:60].tolist() == (inputs % 8).tolist()  # images of 8 channels, flattened
-    saved = split_blocks(faults, np.argsort(part, kind="stable"), 16, 1)
+    saved = split_blocks(by_leaf(faults, np.argsort(part, kind="stable")), 16, 1)
     assert sorted(np.concatenate(saved)) == list(range(len(faults)))
     for rows in saved:
         assert all(np.diff(rows) > 0)

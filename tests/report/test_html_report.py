@@ -20,7 +20,7 @@ from PIL import Image
 from jaxfi.campaign import Campaign, load_campaign
 from jaxfi.campaign._store import open_store
 from jaxfi.faults import FaultList
-from jaxfi.outcomes import CRITICAL, MASKED
+from jaxfi.outcomes import CRITICAL, MASKED, Results
 from jaxfi.report import __main__ as command
 from jaxfi.report import _heatmap as heatmap
 from jaxfi.report import coverage, write_report
@@ -72,7 +72,7 @@ def write_campaign(folder: Path, seed: int = 0, layer: str = "conv1", note: str 
     values = faults.values(params)
     with open_store(folder, fingerprint, faults, NUM_IMAGES, values=values) as store:
         store.keep(golden=golden, labels=labels)
-        store.write(np.arange(NUM_FAULTS), outcomes, due, correct)
+        store.write(np.arange(NUM_FAULTS), Results(outcomes, due, correct))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_a_campaign_of_whole_words_has_a_report(tmp_path):
         tmp_path, {"nan": "critical"}, faults, 2, values=faults.values(params)
     ) as store:
         store.keep(golden=np.eye(2, dtype=np.float32), labels=np.arange(2, dtype=np.int32))
-        store.write(np.arange(3), masked, masked > 0, np.full(3, 2))
+        store.write(np.arange(3), Results(masked, masked > 0, np.full(3, 2)))
     write_report(tmp_path)
     assert "The 0 faults" in "".join(page(tmp_path).itertext())
 
