@@ -13,15 +13,15 @@ import functools
 import glob
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxfi.campaign._anytime import FRESH, anytime_estimate, draw_until_kept
-from jaxfi.campaign._checks import check_images_per_fault
+from jaxfi.campaign._anytime import FRESH, Goal, anytime_estimate, draw_until_kept
+from jaxfi.campaign._checks import check_images_per_fault, warn
 from jaxfi.campaign._result import Campaign
 from jaxfi.campaign._run import run_campaign
 from jaxfi.campaign._strata import PILOT_LEAST, Strata, draw_strata_until_kept, stratified_estimates
@@ -50,7 +50,8 @@ class AdaptiveCampaign(NamedTuple):
       campaign: all faults that ran. Its own `rates()` know nothing of how they were chosen.
       rates: the rates over all fault sites, each within the margin.
       stages: faults that had run when it looked at the rates, after each stage.
-      num_fixed: faults that a fixed sample takes for the same margin, `sample_size`.
+      num_fixed: faults that a fixed sample takes for the same margin, `sample_size`; for the
+        smallest half width asked, where that was a share of a rate.
     """
 
     campaign: Campaign
@@ -87,6 +88,7 @@ def run_sequential(
     *,
     key: int | jax.Array = 0,
     margin: float = 0.01,
+    relative: float | Mapping[str, float] | None = None,
     t: float | None = None,
     confidence: float | None = None,
     first: int = 500,
@@ -105,6 +107,10 @@ def run_sequential(
       apply_fn, params, images, labels: as in `run_campaign`; `settings` are its other arguments.
       key: of the order of the faults: the same key draws the same, however many are needed.
       margin: half width of every rate's interval, a fraction.
+      relative: in place of the margin, half width as a share of the rate itself, for rare rates: of
+        all that are asked for, or by their names, `{"critical": 0.2}`. A rate that has never
+        occurred when the margin's fixed sample is spent is given up, with a warning that says what
+        it is at most.
       t, confidence: how sure: a cut-off of the normal distribution, or such as 0.95; default
         t = 2.58, which the studies take for 99 %.
       first: faults before the first look.
@@ -121,8 +127,10 @@ def run_sequential(
     subject = _Subject(apply_fn, params, images, labels, key, workdir, sampling or {}, settings)
     t = checked_cutoff(t, confidence)
     num_sites = _num_sites(params, subject.sampling)
+    enough = sample_size(fault_population(params), margin, t)
 
-    def attempt(count: int | None, asked: Sequence[str], stages: _Stages) -> tuple:
+    def attempt(count: int | None, goals: Mapping[str, Goal], stages: _Stages) -> tuple:
+        asked = list(goals)
         population = num_sites if count is None else FRESH
 
         def measure(num_faults: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,11 +138,14 @@ def run_sequential(
             campaign = stages.run(faults[stages.num_faults :])
             return _shares(campaign, asked), _shared(campaign, asked)
 
-        looks = draw_until_kept(measure, population, margin, t, first, num_sites)
-        columns = zip(_shares(stages.campaign).T, _shared(stages.campaign), strict=True)
-        return looks, [anytime_estimate(v, population, margin, t, float(s)) for v, s in columns]
+        looks = draw_until_kept(
+            measure, population, list(goals.values()), t, first, num_sites, enough
+        )
+        every = [goals.get(rate, Goal(margin)) for rate in Rates._fields]
+        columns = zip(_shares(stages.campaign).T, every, _shared(stages.campaign), strict=True)
+        return looks, [anytime_estimate(v, population, g, t, float(s)) for v, g, s in columns]
 
-    return _until_kept(subject, images_per_fault, rates, margin, t, attempt)
+    return _until_kept(subject, images_per_fault, rates, margin, relative, t, attempt)
 
 
 def run_stratified(
@@ -145,6 +156,7 @@ def run_stratified(
     *,
     key: int | jax.Array = 0,
     margin: float = 0.01,
+    relative: float | Mapping[str, float] | None = None,
     t: float | None = None,
     confidence: float | None = None,
     pilot: int = 1000,
@@ -162,8 +174,8 @@ def run_stratified(
     Args:
       pilot: faults of the pilot, about: at least two a stratum are taken. Where the layers are too
         many for that, the smallest are taken as one.
-      apply_fn, params, images, labels, key, margin, t, confidence, images_per_fault, rates,
-        workdir, sampling, settings: as in `run_sequential`.
+      apply_fn, params, images, labels, key, margin, relative, t, confidence,
+        images_per_fault, rates, workdir, sampling, settings: as in `run_sequential`.
 
     Raises as `run_campaign` and `sample_faults`.
     """
@@ -171,8 +183,10 @@ def run_stratified(
     subject = _Subject(apply_fn, params, images, labels, key, workdir, sampling or {}, settings)
     t = checked_cutoff(t, confidence)
     strata, drawers = _layers_and_bits(key, params, subject.sampling, pilot)
+    enough = sample_size(fault_population(params), margin, t)
 
-    def attempt(count: int | None, asked: Sequence[str], stages: _Stages) -> tuple:
+    def attempt(count: int | None, goals: Mapping[str, Goal], stages: _Stages) -> tuple:
+        asked = list(goals)
         belongs: list[np.ndarray] = []  # of each stage, the stratum of each fault
 
         def measure(counts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -186,13 +200,13 @@ def run_stratified(
             shares = _by_stratum(_shares(campaign, asked), np.concatenate(belongs), len(counts))
             return shares, _shared(campaign, asked)
 
-        sampled = count is not None
-        looks = draw_strata_until_kept(measure, strata, margin, t, pilot, sampled)
+        sampled, wanted = count is not None, list(goals.values())
+        looks = draw_strata_until_kept(measure, strata, wanted, t, pilot, sampled, enough)
         shares = _by_stratum(_shares(stages.campaign), np.concatenate(belongs), len(drawers))
         shared = _shared(stages.campaign) if sampled else None
         return looks, stratified_estimates(strata, shares, looks, t, shared)
 
-    return _until_kept(subject, images_per_fault, rates, margin, t, attempt)
+    return _until_kept(subject, images_per_fault, rates, margin, relative, t, attempt)
 
 
 def _until_kept(
@@ -200,18 +214,49 @@ def _until_kept(
     images_per_fault: int | str | None,
     rates: Sequence[str] | None,
     margin: float,
+    relative: float | Mapping[str, float] | None,
     t: float,
-    attempt: Callable[[int | None, Sequence[str], _Stages], tuple[list, list[Estimate]]],
+    attempt: Callable[[int | None, Mapping[str, Goal], _Stages], tuple[list, list[Estimate]]],
 ) -> AdaptiveCampaign:
-    """The first attempt whose rates are within the margin; on all images that is the last one."""
-    num_fixed = sample_size(fault_population(subject.params), margin, t)
-    for count, asked, stages in _attempts(subject, images_per_fault, rates):
-        looks, estimates = attempt(count, asked, stages)
+    """The first attempt whose rates are as their goals ask; on all images that is the last one."""
+    asked = _asked(rates, None if images_per_fault is None else 1)
+    goals = _goals(asked, margin, relative)
+    for count, stages in _attempts(subject, images_per_fault, asked):
+        looks, estimates = attempt(count, goals, stages)
         found = _rates(stages.campaign, estimates, t)
-        if count is None or _are_within(margin, found, asked):
+        left = {
+            name: goal for name, goal in goals.items() if not goal.is_kept(getattr(found, name))
+        }
+        if count is None or all(g.is_hopeless(getattr(found, name)) for name, g in left.items()):
             break
+    for name in left:
+        num_faults, num_images = stages.campaign.outcomes.shape
+        warn(
+            f"{name} did not occur in {num_faults:,} faults x {num_images:,} images: it is at most "
+            f"{getattr(found, name).high:.2g}; what can be had of it is a margin, not a share of it"
+        )
+    halves = [
+        goal.half(rate.value) or rate.high or margin
+        for rate, goal in ((getattr(found, name), goal) for name, goal in goals.items())
+    ]
+    num_fixed = sample_size(fault_population(subject.params), min(*halves, 0.99), t)
     num_run = tuple(int(np.sum(look)) for look in looks)
     return AdaptiveCampaign(stages.campaign, found, num_run, num_fixed)
+
+
+def _goals(
+    asked: Sequence[str], margin: float, relative: float | Mapping[str, float] | None
+) -> dict[str, Goal]:
+    """Of each rate asked for. Raises ValueError or TypeError naming what is allowed."""
+    if relative is None:
+        return dict.fromkeys(asked, Goal(margin))
+    of_rate = relative if isinstance(relative, Mapping) else dict.fromkeys(asked, relative)
+    for name, share in of_rate.items():
+        if name not in asked:
+            raise ValueError(f"relative names {name!r}: allowed are the rates {', '.join(asked)}")
+        if not isinstance(share, int | float) or not 0 < share < math.inf:
+            raise ValueError(f"relative is {share!r}: allowed are numbers above 0, 0.2 for a fifth")
+    return {name: Goal(margin, of_rate.get(name)) for name in asked}
 
 
 class _Subject(NamedTuple):
@@ -256,12 +301,11 @@ class _Stages:
 
 
 def _attempts(
-    subject: _Subject, asked: int | str | None, rates: Sequence[str] | None
-) -> Iterator[tuple[int | None, tuple[str, ...], _Stages]]:
-    """m, the rates that must be within the margin, and where stages go; more images again and again
-    where all faults on m of them did not give the margin. Checks before any work."""
+    subject: _Subject, asked: int | str | None, rates: Sequence[str]
+) -> Iterator[tuple[int | None, _Stages]]:
+    """m, and where stages go; more images again and again where all faults on m of them did not do.
+    Checks before any work."""
     num_images = images_shape(subject.images).shape[0]
-    rates = _asked(rates, None if asked is None else 1)
     if isinstance(asked, str):
         if asked != "auto":
             raise ValueError(f'images_per_fault is {asked!r}: allowed are "auto", None, integers')
@@ -273,10 +317,10 @@ def _attempts(
             check_images_per_fault(count, num_images)
     folder = ""
     while count is not None and count < num_images:
-        yield count, rates, _Stages(subject, count, folder)
+        yield count, _Stages(subject, count, folder)
         count *= 4
         folder = f"images-{min(count, num_images)}/"
-    yield None, rates, _Stages(subject, None, folder)
+    yield None, _Stages(subject, None, folder)
 
 
 def _asked(rates: Iterable[str] | None, images_per_fault: int | None) -> tuple[str, ...]:
@@ -287,11 +331,6 @@ def _asked(rates: Iterable[str] | None, images_per_fault: int | None) -> tuple[s
     if isinstance(rates, str) or not names or any(name not in Rates._fields for name in names):
         raise ValueError(f"rates is {rates!r}: allowed are some of {', '.join(Rates._fields)}")
     return tuple(map(str, names))
-
-
-def _are_within(margin: float, rates: Rates, asked: Sequence[str]) -> bool:
-    found = (getattr(rates, name) for name in asked)
-    return all(rate.high - rate.low <= 2 * margin * (1 + 1e-9) for rate in found)
 
 
 def _best_images(subject: _Subject, rates: Sequence[str], num_images: int) -> int:

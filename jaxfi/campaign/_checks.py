@@ -184,20 +184,20 @@ def warn_of_idle_faults(network: Network, counts: np.ndarray) -> None:
     idle = [leaf for leaf in np.flatnonzero(counts) if leaf not in used]
     if idle:
         named = ", ".join(f"{network.paths[leaf]} ({counts[leaf]:,})" for leaf in idle)
-        _warn(f"the output does not depend on {named}: their faults are masked by construction")
+        warn(f"the output does not depend on {named}: their faults are masked by construction")
 
 
 def warn_of_non_finite(golden: np.ndarray) -> None:
     """Warns of fault-free outputs [N, classes] that hold NaN or Inf."""
     wrong = np.count_nonzero(~np.isfinite(golden).all(axis=1))
     if wrong:
-        _warn(
+        warn(
             f"the fault-free network's outputs hold NaN or Inf for {wrong:,} of {len(golden):,} "
             "images"
         )
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """A warning at the line that called jaxfi."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):

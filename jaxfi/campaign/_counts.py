@@ -239,52 +239,65 @@ class CampaignCounts:
         return float(np.square(weights - 1 / len(weights)).sum())
 
     @functools.cached_property
-    def _cells(self) -> _Cells:
-        return _cells_of(self)
+    def _cells(self) -> Cells:
+        counts = Counts(self.masked, self.critical, self.due, self.correct)
+        return _cells_of(self.faults, counts, self.num_images)
 
 
-class _Cells(NamedTuple):
+class Cells(NamedTuple):
     """A campaign by leaf, bit and model.
 
     Attributes:
+      num_images: of each fault.
       faults: one of each cell.
       num_faults: [C] faults in each.
       totals, squares: of each rate, [C] sums of the faults' counts and of their squares.
     """
 
+    num_images: int
     faults: FaultList
     num_faults: np.ndarray
     totals: dict[str, np.ndarray]
     squares: dict[str, np.ndarray]
 
 
-def _cells_of(campaign: CampaignCounts) -> _Cells:
-    faults = campaign.faults
+def cells_of(campaign: Any) -> Cells:
+    """Of a `Campaign` or `CampaignCounts`."""
+    if isinstance(campaign, CampaignCounts):
+        return campaign._cells
+    return _cells_of(campaign.faults, counts_of(campaign.results), campaign.outcomes.shape[1])
+
+
+def _cells_of(faults: FaultList, counts: Counts, num_images: int) -> Cells:
     if isinstance(faults, ExhaustiveFaults):
-        first, sums = _sums_by_rule(campaign, faults)
+        first, sums = _sums_by_rule(faults, counts, num_images)
     else:
-        first, sums = _sums_by_row(campaign)
+        first, sums = _sums_by_row(faults, counts, num_images)
     chosen = dataclasses.replace(faults[first], drawn_from=faults.drawn_from)
     # Counts are small integers: their sums are exact.
     num_faults, *of_rates = np.rint(sums).astype(np.int64)
     totals = dict(zip(Rates._fields, of_rates[0::2], strict=True))
     squares = dict(zip(Rates._fields, of_rates[1::2], strict=True))
-    return _Cells(chosen, num_faults, totals, squares)
+    return Cells(num_images, chosen, num_faults, totals, squares)
 
 
-def _sums_by_row(campaign: CampaignCounts) -> tuple[np.ndarray, np.ndarray]:
+def _sums_by_row(
+    faults: FaultList, counts: Counts, num_images: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The first fault of each cell, [C], and the sums of 1 and of each rate's counts and squares,
     [11, C]."""
-    faults = campaign.faults
     key = np.stack([faults.leaf, faults.bit, faults.model], axis=1)
     _, first, cell = np.unique(key, axis=0, return_index=True, return_inverse=True)
     cell = cell.reshape(-1)
-    weights = [None, *(n**power for n in _numbers(campaign, slice(None)) for power in (1, 2))]
+    weights = [
+        None,
+        *(n**power for n in _numbers(counts, slice(None), num_images) for power in (1, 2)),
+    ]
     return first, np.array([np.bincount(cell, weight) for weight in weights], np.float64)
 
 
 def _sums_by_rule(
-    campaign: CampaignCounts, faults: ExhaustiveFaults
+    faults: ExhaustiveFaults, counts: Counts, num_images: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_sums_by_row`, element after element: the cells of a leaf's elements are in one order."""
     firsts, sums, start = [], [], 0
@@ -293,7 +306,8 @@ def _sums_by_rule(
         total = np.zeros((11, num_cells))
         step = max(1, _AT_ONCE // max(num_cells, 1)) * num_cells
         for at in range(start, start + count, max(step, 1)):
-            numbers = _numbers(campaign, slice(at, min(at + step, start + count)))
+            rows = slice(at, min(at + step, start + count))
+            numbers = _numbers(counts, rows, num_images)
             grids = [number.reshape(-1, num_cells) for number in numbers]
             total[0] += len(grids[0])
             total[1::2] += [grid.sum(axis=0) for grid in grids]
@@ -305,13 +319,10 @@ def _sums_by_rule(
     return np.concatenate(firsts), np.concatenate(sums, axis=1)
 
 
-def _numbers(campaign: CampaignCounts, rows: slice) -> list[np.ndarray]:
+def _numbers(counts: Counts, rows: slice, num_images: int) -> list[np.ndarray]:
     """Counts of each of `Rates`, int64."""
-    masked, critical, due, correct = (
-        np.asarray(getattr(campaign, name)[rows], np.int64)
-        for name in ("masked", "critical", "due", "correct")
-    )
-    return [masked, campaign.num_images - masked - critical, critical, due, correct]
+    masked, critical, due, correct = (np.asarray(number[rows], np.int64) for number in counts)
+    return [masked, num_images - masked - critical, critical, due, correct]
 
 
 def by_element(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxfi.campaign._anytime import Goal, goals_of
 from jaxfi.outcomes._outcomes import Estimate
 
 # Given [H] numbers of faults, what the first so many of each stratum count, H arrays [n_h, rates],
@@ -163,17 +164,20 @@ def _interval(mean: float, variance: float, t: float) -> Estimate:
 def draw_strata_until_kept(
     measure: MeasureStrata,
     strata: Strata,
-    margin: float,
+    margin: float | Sequence[Goal],
     t: float = 2.58,
     pilot: int = 1000,
     sampled: bool = False,
+    enough: float = math.inf,
 ) -> list[np.ndarray]:
-    """Pilot, then Neyman's allocation, until the half width of every rate is at most `margin`.
+    """Pilot, then Neyman's allocation, until every rate is known as its goal asks.
 
     Args:
       measure: gives the shares of the first n_h faults of each stratum; asked for more and more.
+      margin: half width of every rate, or a goal for each.
       pilot: faults of the pilot; at least two a stratum are taken.
       sampled: a share is of some images of the fault.
+      enough: faults after which a rate that never occurred is given up.
 
     Returns:
       [H] numbers of faults after each stage, the last of which are enough.
@@ -182,17 +186,29 @@ def draw_strata_until_kept(
     while True:
         shares, shared = measure(stages[-1])
         found = stratified_estimates(strata, shares, stages, t, shared if sampled else None)
+        goals, num_drawn = goals_of(margin, len(found)), int(stages[-1].sum())
         left = strata.sites - stages[-1]
-        if max(rate.high - rate.low for rate in found) <= 2 * margin or not left.any():
+        pairs = list(zip(goals, found, strict=True))
+        given_up = np.array(
+            [num_drawn >= enough and goal.is_hopeless(rate) for goal, rate in pairs]
+        )
+        kept = np.array([goal.is_kept(rate) for goal, rate in pairs])
+        if (kept | given_up).all() or not left.any():
             return stages
         reached = _combined(strata, shares, stages, sampled).variances
-        allowed = _SLACK * (margin / t) ** 2
+        # Of a rate that did not occur yet, as if it were as large as it can be.
+        halves = np.array([goal.half(rate.value or rate.high) for goal, rate in pairs])
+        allowed = _SLACK * (halves / t) ** 2
         precision = 1 / np.maximum(allowed - shared, allowed / 4) - 1 / np.maximum(reached, 1e-300)
-        goals = np.where(precision > 0, 1 / np.maximum(precision, 1e-300), np.inf)
+        asked = (precision > 0) & ~given_up
+        goal_variances = np.where(asked, 1 / np.maximum(precision, 1e-300), np.inf)
         variances = stratum_variances(strata, shares)
-        new = neyman_counts(strata, variances, left, goals)
+        new = neyman_counts(strata, variances, left, goal_variances)
         if sampled:  # what faults have in common takes other images, so more faults of any kind
             new = np.minimum(np.maximum(new, -(-stages[-1] // 4)), left)
+        if any(goal.relative for goal in goals) and new.sum() > 3 * num_drawn:
+            # The rate itself is uncertain at first.
+            new = np.minimum(np.maximum(new * (3 * num_drawn) // new.sum(), 1), left)
         stages.append(stages[-1] + new)
 
 

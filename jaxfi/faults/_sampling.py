@@ -198,6 +198,16 @@ class ExhaustiveFaults(FaultList):
         counts[[stratum.leaf for stratum in self.drawn_from]] = self._sizes
         return counts
 
+    def rows_of_element(self, leaf: int, element: int) -> np.ndarray:
+        """The rows of the faults in one element, rising."""
+        first = 0
+        for size, stratum in zip(self._sizes, self.drawn_from, strict=True):
+            if stratum.leaf == leaf:
+                each = len(stratum.bits) * stratum.num_models
+                return np.arange(first + element * each, first + (element + 1) * each)
+            first += size
+        return np.empty(0, np.int64)
+
     def _lines(self) -> list[str]:
         sizes = zip(self._sizes, self.drawn_from, strict=True)
         where = ", ".join(f"{size:,} {self.paths[stratum.leaf]}" for size, stratum in sizes)

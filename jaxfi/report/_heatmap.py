@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from jaxfi.campaign._counts import CampaignCounts, cells_of
 from jaxfi.campaign._result import Campaign
 from jaxfi.faults._layers import layers_of
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import word_bits
-from jaxfi.outcomes._outcomes import per_fault_shares
 from jaxfi.report._page import literal
 from jaxfi.report._shares import BitFields, bit_fields, fault_dtype
 from jaxfi.report._style import print_style
@@ -53,9 +53,10 @@ class BitShares(NamedTuple):
     critical: np.ndarray
 
 
-def shares_by_layer_and_bit(campaign: Campaign) -> BitShares:
+def shares_by_layer_and_bit(campaign: Campaign | CampaignCounts) -> BitShares:
     """Outcome shares of each layer and bit position; a layer is the leaves under one module."""
-    faults = campaign.faults
+    cells = cells_of(campaign)
+    faults = cells.faults
     names = layers_of(faults.paths)
     layers = list(dict.fromkeys(names[leaf] for leaf in np.unique(faults.leaf)))
     row_of_leaf = np.array([layers.index(name) if name in layers else -1 for name in names])
@@ -63,16 +64,16 @@ def shares_by_layer_and_bit(campaign: Campaign) -> BitShares:
     column = np.where(faults.bit < 0, len(bits) - 1, bits[0] - faults.bit)
     where = row_of_leaf[faults.leaf], column
     num_faults = np.zeros((len(layers), len(bits)), np.int64)
-    np.add.at(num_faults, where, 1)
+    np.add.at(num_faults, where, cells.num_faults)
     shares = []
     for outcome in _PANELS:
         total = np.zeros(num_faults.shape)
-        np.add.at(total, where, per_fault_shares(campaign.results, outcome))
+        np.add.at(total, where, cells.totals[outcome] / cells.num_images)
         shares.append(np.where(num_faults > 0, total / np.maximum(num_faults, 1), np.nan))
     return BitShares(layers, bits, num_faults, *shares)
 
 
-def heat_map(campaign: Campaign) -> Figure:
+def heat_map(campaign: Campaign | CampaignCounts) -> Figure:
     """A panel for each outcome: its share, percent, in a cell for each layer and bit position.
 
     The critical panel's scale ends at its highest cell, the others' at 100 %. Cells without
@@ -83,9 +84,10 @@ def heat_map(campaign: Campaign) -> Figure:
         size = (_WIDTH, 1.55 + 0.2 * len(shares.layers))
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(1, len(_PANELS), sharey=True)
+        faults = cells_of(campaign).faults
         for axes, outcome in zip(panels, _PANELS, strict=True):
             _draw(figure, axes, outcome, 100 * getattr(shares, outcome))
-            _label_bits(axes, campaign.faults, shares.bits)
+            _label_bits(axes, faults, shares.bits)
         names = [literal(name) for name in shares.layers]
         panels[0].set_yticks(np.arange(len(names)) + 0.5, names)
         panels[0].invert_yaxis()

@@ -11,7 +11,7 @@ import pytest
 from jaxfi import exhaustive_faults, run_campaign
 from jaxfi.campaign import _adaptive, run_sequential, run_stratified
 from jaxfi.campaign._adaptive import _layers_and_bits
-from jaxfi.campaign._anytime import anytime_estimate, confidence_sequence, draw_until_kept
+from jaxfi.campaign._anytime import Goal, anytime_estimate, confidence_sequence, draw_until_kept
 from jaxfi.campaign._sample import Sample
 from jaxfi.campaign._strata import (
     Strata,
@@ -230,6 +230,71 @@ def test_what_is_no_question_is_named(settings, message) -> None:
     for run in (run_sequential, run_stratified):
         with pytest.raises(ValueError, match=message):
             run(*small_network(), **settings)
+
+
+@pytest.mark.parametrize(
+    "relative, message",
+    [
+        (0.0, "relative is 0.0: allowed are numbers above 0"),
+        ("a fifth", "relative is 'a fifth': allowed are numbers above 0"),
+        ({"critical": -1}, "relative is -1: allowed"),
+        (
+            {"faulty_accuracy": 0.1},
+            "relative names 'faulty_accuracy': allowed are the rates masked",
+        ),
+        (float("nan"), "relative is nan"),
+    ],
+)
+def test_shares_that_are_none_are_named(relative, message, tmp_path) -> None:
+    for run in (run_sequential, run_stratified):
+        with pytest.raises(ValueError, match=message):
+            run(*small_network(), relative=relative, workdir=tmp_path, images_per_fault=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run", [run_sequential, run_stratified])
+@pytest.mark.parametrize("count", [None, "auto"])
+def test_a_rare_rate_within_a_share_of_itself(run, count, census: Rates, tmp_path) -> None:
+    settings = {"key": 3, "batch_size": 8, "images_per_fault": count, "margin": 0.1}
+    settings |= {"pilot": 100} if run is run_stratified else {"first": 100}
+    found = run(*small_network(), **settings, relative={"critical": 0.25}, workdir=tmp_path)
+    for name, rate, true in zip(Rates._fields, found.rates, census, strict=True):
+        asked = 0.25 * rate.value if name == "critical" else 0.1
+        assert rate.high - rate.low <= 2 * asked + 1e-9 or (count and name == "faulty_accuracy")
+        assert rate.low <= true.value <= rate.high, name
+    wide = run(*small_network(), **settings)
+    assert wide.num_pairs < found.num_pairs
+    assert found.num_fixed > wide.num_fixed
+
+
+@pytest.mark.parametrize("run", [run_sequential, run_stratified])
+def test_a_rate_that_never_occurs_is_bounded(run) -> None:
+    """Two classes far apart: no low bit changes the answer."""
+    params = {"w": np.float32([[1, -1]] * 400)}
+    images = np.random.default_rng(0).uniform(1, 2, (60, 400)).astype(np.float32)
+    subject = (lambda p, x: x @ p["w"], params, images, np.zeros(60, int))
+    with pytest.warns(UserWarning, match="critical did not occur in .* it is at most 0.0"):
+        found = run(
+            *subject, relative=0.2, margin=0.05, rates=["critical"], images_per_fault=3,
+            sampling={"bits": range(10)},
+        )  # fmt: skip
+    assert found.rates.critical.value == 0 < found.rates.critical.high < 0.05
+    assert found.stages[-1] < 8000  # the sites
+
+
+def test_a_confidence_sequence_for_a_share_holds() -> None:
+    """With bets that follow the mean so far, and a stop that depends on it: seldom a miss."""
+    values = np.random.default_rng(5).random(200_000) < 0.03
+    missed = 0
+    for seed in range(60):
+        order = np.random.default_rng(seed).permutation(values).astype(float)[:, None]
+        goal = Goal(0.01, 0.25)
+        stop = draw_until_kept(lambda n, o=order: (o[:n], [0.0]), 200_000, [goal], 1.96, 100)[-1]
+        found = anytime_estimate(order[:stop, 0], 200_000, goal, 1.96)
+        assert found.high - found.low <= 2 * 0.25 * found.value + 1e-9
+        assert stop < 60_000
+        missed += not found.low <= values.mean() <= found.high
+    assert missed <= 6  # of 60 at 95 %: more than six would be chance in 3 %
 
 
 @pytest.mark.parametrize("settings", [{"rates": ["mask"]}, {"first": 0}, {"pilot": 0}])
