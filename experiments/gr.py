@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict
 
 from experiments.common.command import run_command, workdir_from
 from experiments.common.config import (
+    AUTO,
     Config,
     check_same_config,
     claim_workdir,
@@ -30,7 +31,7 @@ from experiments.common.config import (
     parse_flags,
 )
 from experiments.common.job import define_job_flags, join_from_flags, require_trained
-from jaxfi.campaign import Campaign, load_campaign, run_campaign
+from jaxfi.campaign import Campaign, best_images_per_fault, load_campaign, run_campaign
 from jaxfi.data import Dataset, first_test_images, load_dataset
 from jaxfi.faults import FaultList, fault_population, layer_of, sample_faults, sample_size
 from jaxfi.models import MODELS, PyTree, evaluation_function
@@ -53,7 +54,8 @@ def run(config: Config, workdir: Path, *, train_only: bool = False) -> list[tabl
     check_same_config(config, workdir)
     dataset = load_images(config)
     num_images = config.num_images or len(dataset.test_images)
-    if config.images_per_fault > num_images:
+    count = config.images_per_fault
+    if count != AUTO and int(count) > num_images:
         raise ValueError(
             f"images_per_fault is {config.images_per_fault}; allowed: up to {num_images} images"
         )
@@ -68,7 +70,10 @@ def run(config: Config, workdir: Path, *, train_only: bool = False) -> list[tabl
         require_trained(folder, config.epochs)
         trained = train_network(config, alpha, module, variables, dataset, folder)
         if not train_only:
-            campaign = inject_faults(config, module, trained, faults, dataset, folders[loss])
+            if count == AUTO:
+                count = choose_images(config, module, trained, dataset, workdir / "campaigns")
+            folder = folders[loss]
+            campaign = inject_faults(config, int(count), module, trained, faults, dataset, folder)
             if config.audit_pairs and jax.process_index() == 0:
                 print(f"Audit, {loss} loss: {campaign.audit(config.audit_pairs, config.seed)}.")
     if train_only or jax.process_index() > 0:
@@ -150,8 +155,22 @@ def train_network(
     return result.variables
 
 
+def choose_images(
+    config: Config, module: nn.Module, variables: PyTree, dataset: Dataset, folder: Path
+) -> int:
+    """How many images of a fault give the narrowest intervals for the work, by a pilot."""
+    images, labels = first_test_images(dataset, config.num_images)
+    params = variables["params"]
+    return best_images_per_fault(
+        evaluation_function(module, variables), params, images, labels,
+        key=config.seed, workdir=folder, sampling={"model": config.fault_model},
+        **campaign_settings(config),
+    )  # fmt: skip
+
+
 def inject_faults(
     config: Config,
+    images_per_fault: int,
     module: nn.Module,
     variables: PyTree,
     faults: FaultList,
@@ -167,16 +186,23 @@ def inject_faults(
         faults,
         images,
         labels,
-        nan=config.nan,
-        engine=config.engine,
-        precision=config.precision,
-        batch_size=config.campaign_batch_size,
-        memory_budget=config.memory_budget or None,
-        seed=config.seed,
-        images_per_fault=config.images_per_fault or None,
+        images_per_fault=images_per_fault or None,
         progress=jax.process_index() == 0,
         workdir=folder,
+        **campaign_settings(config),
     )
+
+
+def campaign_settings(config: Config) -> dict[str, Any]:
+    """Arguments of `run_campaign` that have a flag."""
+    return {
+        "nan": config.nan,
+        "engine": config.engine,
+        "precision": config.precision,
+        "batch_size": config.campaign_batch_size,
+        "memory_budget": config.memory_budget or None,
+        "seed": config.seed,
+    }
 
 
 def write_report(

@@ -19,6 +19,7 @@ from jaxfi.outcomes import NAN_POLICIES
 from jaxfi.training import TrainConfig
 
 CONFIG_FILE = "config.json"
+AUTO = "auto"
 _LONGEST_NAME = 64  # of a flag
 FAULT_MODELS = (*BIT_MODELS, STUCK_AT, "zero")
 
@@ -58,7 +59,9 @@ class Config:
         200, "Pairs checked operation by operation after each campaign; 0 checks none.", False
     )
     num_images: int = setting(0, "Test images of the campaign, the first ones; 0 is all.")
-    images_per_fault: int = setting(0, "Of those, images drawn for each fault; 0 is all.")
+    images_per_fault: int | str = setting(
+        0, "Of those, images drawn for each fault; 0 is all; auto, as many as a pilot finds best."
+    )
     fault_model: str = setting("bit-flip", "Fault model: bit-flip, stuck-at-0, stuck-at-1, zero.")
     fault_list: str = setting("", "CSV file of the faults to inject, in place of a sample.")
     nan: str = setting("argmax", "What a NaN output counts as: argmax (as published) or critical.")
@@ -70,8 +73,16 @@ class Config:
     )
     seed: int = setting(0, "Seed of initialisation, batches, dropout, augmentation and faults.")
 
+    def __post_init__(self) -> None:
+        count = self.images_per_fault  # a flag's text
+        if isinstance(count, str) and count.isdecimal():
+            object.__setattr__(self, "images_per_fault", int(count))
+
     def validate(self) -> None:
         """Raises ValueError, in one line, for an unknown name or a number out of range."""
+        count = self.images_per_fault
+        known = count == AUTO if isinstance(count, str) else count >= 0
+        self._require("images_per_fault", known, f"integers >= 0, and {AUTO}")
         for name, names in _NAMES.items():
             self._require(name, getattr(self, name) in names, ", ".join(names))
         for name in _COUNTS:
@@ -111,7 +122,7 @@ _NAMES = {
     "precision": PRECISIONS,
 }
 _OF_A_SAMPLE = ("margin", "p", "num_faults", "fault_model")
-_COUNTS = ("num_train_images", "num_faults", "num_images", "images_per_fault", "memory_budget")
+_COUNTS = ("num_train_images", "num_faults", "num_images", "memory_budget")
 
 
 def define_flags(values: flags.FlagValues, settings: type = Config) -> None:
@@ -119,6 +130,7 @@ def define_flags(values: flags.FlagValues, settings: type = Config) -> None:
     define: dict[str, Any] = {
         "str": flags.DEFINE_string,
         "int": flags.DEFINE_integer,
+        "int | str": flags.DEFINE_string,
         "float": flags.DEFINE_float,
         "float | None": flags.DEFINE_float,
         "bool": flags.DEFINE_boolean,

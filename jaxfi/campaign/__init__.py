@@ -7,7 +7,12 @@ accuracy against the number of faults.
 
 from __future__ import annotations
 
-from jaxfi.campaign._adaptive import AdaptiveCampaign, run_sequential, run_stratified
+from jaxfi.campaign._adaptive import (
+    AdaptiveCampaign,
+    best_images_per_fault,
+    run_sequential,
+    run_stratified,
+)
 from jaxfi.campaign._audit import Audit
 from jaxfi.campaign._counts import CampaignCounts
 from jaxfi.campaign._criticality import criticality
@@ -29,6 +34,7 @@ __all__ = [
     "CampaignCounts",
     "CumulativeResult",
     "NotReproducible",
+    "best_images_per_fault",
     "counts_of_range",
     "criticality",
     "cumulative_accuracy",

@@ -333,27 +333,56 @@ def _asked(rates: Iterable[str] | None, images_per_fault: int | None) -> tuple[s
     return tuple(map(str, names))
 
 
+def best_images_per_fault(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    images: Any,
+    labels: Any,
+    *,
+    key: int | jax.Array = 0,
+    rates: Sequence[str] | None = None,
+    workdir: str | os.PathLike | None = None,
+    sampling: dict[str, Any] | None = None,
+    **settings: Any,
+) -> int:
+    """The images_per_fault whose intervals are narrowest for the work, by a pilot.
+
+    That is m = sqrt(W/V · cost of a fault / cost of a pair), at most 64, of the rate with the
+    largest variance; V is that between faults and W that within one. The costs are the plan's
+    arithmetic and not a clock's, so m is the same on every machine.
+
+    Args:
+      apply_fn, params, images, labels, key, rates, workdir, sampling, settings: as in
+        `run_sequential`.
+
+    Raises as `run_sequential`.
+    """
+    subject = _Subject(apply_fn, params, images, labels, key, workdir, sampling or {}, settings)
+    return _best_images(subject, _asked(rates, 1), images_shape(images).shape[0])
+
+
 def _best_images(subject: _Subject, rates: Sequence[str], num_images: int) -> int:
-    """The m whose interval is narrowest for the arithmetic, by a pilot that no rate uses. It is of
-    outcomes and shapes, not of a clock: the same on every machine, and when it is continued."""
+    """`best_images_per_fault`; no rate uses the pilot."""
+    count = min(_PILOT_IMAGES, num_images)
     num_faults = min(_PILOT_FAULTS, _num_sites(subject.params, subject.sampling))
     key = nth_key(subject.key, _PILOT_KEY)
     faults = sample_faults(key, subject.params, num_faults, by="network", **subject.sampling)
-    pilot = subject.run(faults, "stage-pilot", 0, _PILOT_IMAGES)
+    pilot = subject.run(faults, "stage-pilot", 0, count)
     between, within = max((_variances(pilot, rate) for rate in rates), key=sum)
     batch_size = min(subject.settings.get("batch_size", 100), num_images)
     costs = explain(subject.apply_fn, subject.params, subject.images, faults, batch_size=batch_size)
     of_fault = sum(cost.num_faults * cost.columns for cost in costs) * batch_size
     of_pair = sum(cost.num_faults * cost.suffix for cost in costs)
     best = math.sqrt(within * of_fault / (between * of_pair)) if of_pair else num_images
-    return min(max(1, round(best)), _MOST_IMAGES)
+    return min(max(1, round(best)), _MOST_IMAGES, num_images)
 
 
 def _variances(campaign: Campaign, rate: str) -> tuple[float, float]:
     """V between faults and W within one, of a pilot, which may have missed a little of each."""
     pairs = pairs_that_count(campaign.results, rate)
     num_faults, count = pairs.shape
-    within = (float(pairs.var(axis=1, ddof=1).mean()) * num_faults + 0.25) / (num_faults + 1)
+    spread = float(pairs.var(axis=1, ddof=1).mean()) if count > 1 else 0.25
+    within = (spread * num_faults + 0.25) / (num_faults + 1)
     between = (float(pairs.mean(axis=1).var()) * num_faults + 0.25) / (num_faults + 1)
     return max(between - within / count, between / count), within
 

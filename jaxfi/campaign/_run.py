@@ -42,10 +42,10 @@ from jaxfi.campaign._workers import (
     start_workers,
 )
 from jaxfi.engine._cache import programs_kept
-from jaxfi.engine._choice import chosen_plans, seconds_to_compile
+from jaxfi.engine._choice import chosen_plans, plan_text, seconds_to_compile
 from jaxfi.engine._compilation import own_settings
 from jaxfi.engine._engines import whole_programs
-from jaxfi.engine._explain import LeafCost, leaf_costs, plan_text
+from jaxfi.engine._explain import LeafCost, leaf_costs
 from jaxfi.engine._golden import Setup, golden_run, network_function
 from jaxfi.engine._kept import kept
 from jaxfi.engine._plan import mixes_images, part_of_layer, plan_leaves
@@ -186,13 +186,10 @@ def run_campaign(
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
             if progress and costs:
-                held = min(-(-num_images // batch_size) * batch_size, len(labels))
                 costs = leaf_costs(network, plans.values(), counts)
-                pace, wait = (
-                    first.seconds_per_image,
-                    seconds_to_compile(network, plans, programs, first),
-                )
-                plan = plan_text(costs, num_images, len(batches), memory, pace, held, wait)
+                wait = seconds_to_compile(network, plans, programs, first)
+                work_of = first.seconds_per_image, batch_size, held, num_images
+                plan = plan_text(costs, len(batches), memory, work_of, wait)
                 print(plan, file=sys.stderr)
             _run_unfinished(ledger, work, progress)
             results = ledger.results()

@@ -20,7 +20,8 @@ from jaxfi.faults import FaultList
 from jaxfi.faults._sampling import ExhaustiveFaults, generator_of
 
 _LEAST_WINDOWS, _MOST_WINDOWS = 4, 16
-_LARGEST_WINDOW = 2**16  # faults: then there are more of them
+# Of an exhaustive list; faults, and windows of a leaf that is neither small nor large.
+_SMALLEST_WINDOW, _LARGEST_WINDOW, _WINDOWS_OF_A_LEAF = 2**8, 2**16, 64
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it spread evenly over the circle, however many
 
 
@@ -61,13 +62,14 @@ class Sample:
         self._num_faults = len(faults)
         self._start = np.random.Generator(generator_of(seed, 0)).random()
         self._place = None  # of each fault in the order of the leaves; as they stand
-        if not isinstance(faults, ExhaustiveFaults):
+        if isinstance(faults, ExhaustiveFaults):
+            self.edges = _windows_of_leaves(faults.counts_by_leaf())
+        else:
             by_leaf = np.argsort(faults.leaf, kind="stable")
             self._place = np.empty_like(by_leaf)
             self._place[by_leaf] = np.arange(len(faults))
-        wanted = min(max(len(faults) // (2 * batch_size) + 1, _LEAST_WINDOWS), _MOST_WINDOWS)
-        wanted = min(max(wanted, len(faults) // _LARGEST_WINDOW), len(faults))
-        self.edges = np.arange(wanted + 1) * len(faults) // max(wanted, 1)
+            wanted = min(max(len(faults) // (2 * batch_size) + 1, _LEAST_WINDOWS), _MOST_WINDOWS)
+            self.edges = np.arange(wanted + 1) * len(faults) // wanted
         self._drawn = functools.lru_cache(maxsize=4)(self._draw)
 
     def of(self, rows: np.ndarray) -> np.ndarray:
@@ -132,6 +134,20 @@ class Sample:
         there = self._images_of(window)
         num_faults = int(self.edges[window + 1] - self.edges[window])
         return there[_draw_each(random, len(there), num_faults, self.count)].astype(np.int32)
+
+
+def _windows_of_leaves(counts: np.ndarray) -> np.ndarray:
+    """Edges of windows of an exhaustive list: of each leaf so many that its faults see many images
+    together, whose rates are asked for too."""
+    edges, first = [np.zeros(1, np.int64)], 0
+    for count in counts.tolist():
+        wanted = max(
+            min(count // _SMALLEST_WINDOW, _WINDOWS_OF_A_LEAF), count // _LARGEST_WINDOW, 1
+        )
+        if count:
+            edges.append(first + np.arange(1, wanted + 1) * count // wanted)
+        first += count
+    return np.concatenate(edges)
 
 
 def _draw_each(

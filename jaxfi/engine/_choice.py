@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxfi.engine._explain import LeafCost
+from jaxfi.engine._explain import LeafCost, peak_memory
 from jaxfi.engine._golden import GoldenRun
 from jaxfi.engine._plan import LeafPlan
 from jaxfi.engine._programs import is_compiled
@@ -23,7 +23,8 @@ _PER_PROGRAM, _PER_EQUATION = 0.09, 0.0014
 _PROGRAMS_OF_A_LEAF, _COMMON_PROGRAMS = 2.3, 8  # the common ones serve all leaves
 _PACES = (0.5, 20.0)  # times that, this machine's pace
 _CALL = 2e-4  # seconds of the host for a call of a program, about
-_SURVIVING = 0.5  # of the pairs, that go through the suffix: not known before
+_CALLS_OF_A_GROUP, _CALLS_OF_A_BATCH = 4, 3  # and what the host does beside them
+SURVIVING = 0.5  # of the pairs, that go through the suffix: not known before
 
 _REASON = "few faults: sooner than compiling for them"
 
@@ -52,16 +53,10 @@ def chosen_plans(
     for (leaf, plan), cost in zip(plans.items(), costs, strict=True):
         if plan.method not in ("columns", "slice"):
             continue
-        batch = golden.seconds_per_image * batch_size
-        alone = cost.num_faults * batches_of_a_fault * (batch + _CALL)
+        work = golden.seconds_per_image, batch_size, batches_of_a_fault, images_of_a_fault
+        alone = seconds_to_run(cost._replace(method="whole"), *work)
         compiling = 0.0 if is_compiled(plan, programs) else scale * _compiling(network, plan)
-        if plan.method == "columns":
-            groups = cost.num_columns / cost.group_size * batches_of_a_fault
-            pairs = cost.num_faults * images_of_a_fault * _SURVIVING
-            divided = groups * (cost.columns * cost.group_size * batch + 3 * _CALL)
-            divided += pairs * (cost.suffix * batch / batch_size + 3 * _CALL / batch_size)
-        else:
-            divided = cost.num_faults * batches_of_a_fault * (cost.suffix * batch + _CALL)
+        divided = seconds_to_run(cost, *work)
         if compiling and alone < divided + compiling:
             whole[leaf] = dataclasses.replace(plan, method="whole", reason=_REASON)
         elif compiling:
@@ -73,6 +68,80 @@ def chosen_plans(
             if plan.method in ("columns", "slice") and not is_compiled(plan, programs)
         }
     return {**plans, **whole}
+
+
+def seconds_to_run(
+    cost: LeafCost,
+    seconds_per_image: float,
+    batch_size: int,
+    batches_of_a_fault: float,
+    images_of_a_fault: int,
+    surviving: float = SURVIVING,
+) -> float:
+    """What a leaf's faults take, compiled, about.
+
+    Args:
+      cost: of the leaf, as it is run.
+      seconds_per_image: of the whole network.
+      batch_size, batches_of_a_fault, images_of_a_fault: as in `chosen_plans`.
+      surviving: share of the pairs that go through the suffix.
+    """
+    batch = seconds_per_image * batch_size
+    if cost.method == "columns":
+        groups = cost.num_columns / cost.group_size * batches_of_a_fault
+        batches = cost.num_faults * images_of_a_fault * surviving / batch_size
+        seconds = groups * (cost.columns * cost.group_size * batch + _CALLS_OF_A_GROUP * _CALL)
+        return seconds + batches * (cost.suffix * batch + _CALLS_OF_A_BATCH * _CALL)
+    if cost.method == "unreached":
+        return 0.0
+    share = 1.0 if cost.method == "whole" else cost.suffix
+    return cost.num_faults * batches_of_a_fault * (share * batch + _CALL)
+
+
+def plan_text(
+    costs: Sequence[LeafCost],
+    num_batches: int,
+    memory: int,
+    work: tuple[float, int, float, int],
+    compiling: float,
+) -> str:
+    """What a campaign will take, as a table, one line a leaf that has faults.
+
+    Args:
+      costs: of the leaves.
+      num_batches: of the campaign.
+      memory: bytes for golden values and working space.
+      work: the arguments of `seconds_to_run` after the cost.
+      compiling: seconds, about.
+    """
+    header = ("leaf", "faults", "method", "columns", "suffix", "memory", "about")
+    lines = ["{:32} {:>10} {:>9} {:>8} {:>8} {:>11} {:>9}".format(*header)]
+    faulty = [cost for cost in costs if cost.num_faults]
+    for cost in faulty:
+        peak = peak_memory([cost], num_batches, memory)
+        lines.append(
+            f"{cost.path:32} {cost.num_faults:10,} {cost.method:>9} {cost.columns:8.2%} "
+            f"{cost.suffix:8.2%} {peak / 2**20:7,.0f} MiB "
+            f"{_duration(seconds_to_run(cost, *work)):>9} {cost.reason}".rstrip()
+        )
+    total, num_images = sum(cost.num_faults for cost in faulty), work[-1]
+    about, most = (
+        sum(seconds_to_run(cost, *work, surviving) for cost in faulty) + compiling
+        for surviving in (SURVIVING, 1.0)
+    )
+    mebibytes = peak_memory(list(costs), num_batches, memory) / 2**20
+    lines.append(
+        f"{total:,} faults x {num_images:,} images = {total * num_images:,} outcomes: about "
+        f"{_duration(about)}, {_duration(compiling)} of it compilation, if every other pair is "
+        f"masked early, and {_duration(most)} if none is; about {mebibytes:,.0f} MiB of memory"
+    )
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def seconds_to_compile(

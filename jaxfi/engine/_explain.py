@@ -137,58 +137,6 @@ def peak_memory(costs: list[LeafCost], num_batches: int, memory: int) -> int:
     return max(held, default=0)
 
 
-def plan_text(
-    costs: list[LeafCost],
-    num_images: int,
-    num_batches: int,
-    memory: int,
-    seconds_per_image: float,
-    in_batches: int | None = None,
-    compiling: float = 0.0,
-) -> str:
-    """The costs as a table, one line a leaf that has faults.
-
-    Args:
-      costs: of `explain`.
-      num_images, num_batches: of the campaign; images are those of each fault.
-      in_batches: images of the batches that hold those of a fault, where they are more.
-      memory: bytes for golden values and working space.
-      seconds_per_image: of the whole network, as the golden run took.
-      compiling: seconds, about.
-    """
-    header = ("leaf", "faults", "method", "columns", "suffix", "memory", "at most")
-    lines = ["{:32} {:>8} {:>9} {:>8} {:>8} {:>11} {:>9}".format(*header)]
-    seconds = []
-    for cost in costs:
-        if not cost.num_faults:
-            continue
-        whole = num_images if in_batches is None else in_batches
-        packed = num_images if cost.method == "columns" else whole
-        networks = whole * cost.num_columns * cost.columns
-        networks += packed * cost.num_faults * cost.suffix
-        seconds.append(networks * seconds_per_image)
-        peak = peak_memory([cost], num_batches, memory)
-        lines.append(
-            f"{cost.path:32} {cost.num_faults:8,} {cost.method:>9} {cost.columns:8.2%} "
-            f"{cost.suffix:8.2%} {peak / 2**20:7,.0f} MiB {_duration(seconds[-1]):>9} "
-            f"{cost.reason}".rstrip()
-        )
-    total = sum(cost.num_faults for cost in costs)
-    mebibytes = peak_memory(costs, num_batches, memory) / 2**20
-    lines.append(
-        f"{total:,} faults x {num_images:,} images = {total * num_images:,} outcomes: at most "
-        f"{_duration(sum(seconds))} at the golden run's speed, if no pair is masked early, and "
-        f"{_duration(compiling)} of compilation; about {mebibytes:,.0f} MiB of memory"
-    )
-    return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def _cost(network: Network, plan: LeafPlan, num_faults: int) -> LeafCost:
     whole = max(1, network_arithmetic(network))
     path = network.paths[plan.leaf]

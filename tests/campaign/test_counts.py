@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -68,9 +67,7 @@ def test_blocks_and_engines_change_nothing(monkeypatch) -> None:
     monkeypatch.setattr(_run, "FAULTS_PER_BLOCK", 50)
     monkeypatch.setattr(_run, "_PAIRS_PER_BLOCK", 1)
     small = jaxfi.run_campaign(*given, **settings)
-    apply_fn, params, faults, *data = given
-    table = jaxfi.run_campaign(apply_fn, params, faults[:], *data, **settings)
-    for other in (reference, small, table):
+    for other in (reference, small):
         for name in NUMBERS:
             np.testing.assert_array_equal(getattr(other, name), getattr(expected, name))
 
@@ -130,37 +127,40 @@ def test_a_strangers_rule_is_checked(tmp_path) -> None:
 
 
 KILLED = """
-import numpy as np, jaxfi, sys, time
-from jaxfi.campaign import _run, _ledger
+import sys, time
+import jax, jaxfi, numpy as np
+from jaxfi.campaign import _ledger, _run
+
 _run.FAULTS_PER_BLOCK, _run._PAIRS_PER_BLOCK = 200, 1
 write = _ledger.DirectoryLedger.write
-def slow(self, *given):
+
+def told(self, *given):
     write(self, *given)
     print("wrote", flush=True)
-    time.sleep(.05)
-_ledger.DirectoryLedger.write = slow
-rng = np.random.default_rng(0)
-params = {"a": rng.normal(size=(6, 8)).astype("f4"), "b": rng.normal(size=(8, 4)).astype("f4")}
-images = rng.normal(size=(30, 6)).astype("f4")
+    time.sleep(0.05)
+
+_ledger.DirectoryLedger.write = told
+random = np.random.default_rng(0)
+params = {"a": random.normal(size=(6, 8)).astype("f4"), "b": random.normal(size=(8, 4))}
+params["b"] = params["b"].astype("f4")
 found = jaxfi.run_campaign(
-    lambda p, x: np.maximum(x @ p["a"], 0) @ p["b"] if 0 else jaxfi_relu(x @ p["a"]) @ p["b"],
-    params, jaxfi.exhaustive_faults(params), images, np.zeros(30, int), images_per_fault=5,
-    batch_size=10, keep="counts", workdir=sys.argv[1] if len(sys.argv) > 1 else None)
-np.save(sys.argv[2], np.stack([found.masked, found.critical, found.due, found.correct]))
-""".replace('np.maximum(x @ p["a"], 0) @ p["b"] if 0 else jaxfi_relu', "jax.nn.relu").replace(
-    "import numpy as np, jaxfi", "import numpy as np, jax, jaxfi"
+    lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, jaxfi.exhaustive_faults(params),
+    random.normal(size=(30, 6)).astype("f4"), np.zeros(30, int), images_per_fault=5,
+    batch_size=10, keep="counts", workdir=sys.argv[1],
 )
+np.save(sys.argv[2], np.stack([found.masked, found.critical, found.due, found.correct]))
+"""
 
 
 def test_a_killed_census_goes_on(tmp_path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(tmp_path / "found.npy")]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
-        process.stdout.readline(), process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        time.sleep(0.1)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+            process.stdout.readline()
+            process.stdout.readline()
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     whole = [*command[:3], str(tmp_path / "other"), str(tmp_path / "whole.npy")]
     subprocess.run(whole, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -194,6 +194,12 @@ def test_rates_of_counts(by_rule) -> None:
     assert part == len(faults)
 
 
+def of_critical(pairs) -> list[np.ndarray]:
+    """Counts of which only the critical ones matter."""
+    critical = pairs.sum(axis=1).astype(np.uint8)
+    return [np.zeros_like(critical), critical, np.zeros_like(critical), np.zeros_like(critical)]
+
+
 def assert_estimates(found, expected) -> None:
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
@@ -218,7 +224,7 @@ def test_intervals_of_counts_hold(num_faults, count, repeats) -> None:
         sample = Sample(faults, 400, count, 50, seed)
         pairs = values[rows[:, None], sample.order[sample.places]]
         campaign = jaxfi.CampaignCounts(
-            faults, *[pairs.sum(axis=1).astype(np.uint8)] * 4, count, np.zeros((400, 2)),
+            faults, *of_critical(pairs), count, np.zeros((400, 2)),
             np.zeros(400, int), {"nan": "critical", "batch_size": 50}, sample,
         )  # fmt: skip
         found = campaign.rates(population=1500, t=1.96).critical
@@ -309,7 +315,7 @@ def test_the_sampled_estimate_is_no_wider_than_counts_say() -> None:
     seen = Seen(sample.images, np.ones(400, np.int8), faults.leaf)
     known = estimate_sampled_rate(values, seen, faults.population, 2.58)
     campaign = jaxfi.CampaignCounts(
-        faults, *[values.sum(axis=1).astype(np.uint8)] * 4, 5, np.zeros((400, 2)),
+        faults, *of_critical(values), 5, np.zeros((400, 2)),
         np.zeros(400, int), {"nan": "critical", "batch_size": 50}, sample,
     )  # fmt: skip
     found = campaign.rates().critical

@@ -8,7 +8,7 @@ import pytest
 
 from jaxfi import run_campaign, sample_faults
 from jaxfi.campaign import _run
-from jaxfi.engine._choice import chosen_plans, seconds_to_compile
+from jaxfi.engine._choice import chosen_plans, plan_text, seconds_to_compile, seconds_to_run
 from jaxfi.engine._explain import leaf_costs
 from jaxfi.engine._golden import GoldenRun
 from jaxfi.engine._plan import plan_leaves
@@ -27,7 +27,7 @@ def ways(num_faults: int, num_batches: int = 10, compiling: float = COMPILING, p
     network = trace_network(apply_fn, params, batch)
     leaves = np.repeat(np.arange(len(network.leaves)), num_faults)
     plans = plan_leaves(network, np.unique(leaves).tolist())
-    costs = leaf_costs(network, plans.values(), leaves)
+    costs = leaf_costs(network, plans.values(), np.bincount(leaves))
     golden = GoldenRun(np.zeros((1, 2)), IMAGE, compiling)
     programs = {} if programs is None else programs
     found = chosen_plans(
@@ -81,3 +81,20 @@ def test_a_small_campaign_compiles_little(capsys) -> None:
     run_campaign(apply_fn, params, sample_faults(0, params, 9), images, labels, progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert {line.split()[2] for line in lines if line.startswith(("conv", "out"))} == {"whole"}
+
+
+def test_what_a_leaf_takes_grows_with_its_work() -> None:
+    plans = ways(500)[1]
+    network = ways(500)[2]
+    cost = leaf_costs(network, plans.values(), np.full(len(network.leaves), 500))[0]
+    few, more, all_pairs = (
+        seconds_to_run(cost._replace(num_faults=n), IMAGE, 100, 10, 1000, surviving)
+        for n, surviving in ((500, 0.5), (1000, 0.5), (1000, 1.0))
+    )
+    assert few < more < all_pairs
+    whole = seconds_to_run(cost._replace(method="whole"), IMAGE, 100, 10, 1000)
+    assert whole == pytest.approx(500 * 10 * 100 * IMAGE, rel=0.01)  # the host's calls are little
+    assert seconds_to_run(cost._replace(method="unreached"), IMAGE, 100, 10, 1000) == 0
+    text = plan_text([cost], 10, 2**30, (IMAGE, 100, 10, 1000), 3.0)
+    assert "3.0 s of it compilation" in text
+    assert "500,000 outcomes" in text
