@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxfi.network._blocks import MATMULS, sum_length
+from jaxfi.network._blocks import MATMULS, sum_length, unfused
 from jaxfi.network._equations import (
     Body,
     Value,
@@ -45,6 +45,12 @@ _SAFE = set("""
     argmax argmin conv_general_dilated dot_general eq ge gt is_finite le lt max min ne reduce_max
     reduce_min sort top_k
     """.split())  # fmt: skip
+# What adds or multiplies many, in an order of the compiler's.
+SUMS = set(
+    """
+    cumlogsumexp cumprod cumsum reduce_prod reduce_sum reduce_window_sum
+    """.split()
+)
 _MOVES = set("""
     broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice expand_dims gather
     neg pad real imag reshape rev select_n slice split squeeze tile transpose
@@ -128,6 +134,9 @@ def bind_rounded(equation: core.JaxprEqn, operands: list) -> list:
         return _divided(*operands)
     if equation.primitive.name in MATMULS:
         operands = _no_constants(operands)
+    if equation.primitive.name in SUMS and _has_words(equation.outvars[0]):
+        # In an order of its own, whatever is before and behind it in a program.
+        return unfused(lambda *given: bind(equation, list(given)), *operands)
     return bind(equation, operands)
 
 

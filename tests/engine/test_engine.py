@@ -17,6 +17,7 @@ from jaxfi import (
     FaultList,
     leaf_paths,
     run_campaign,
+    sample_faults,
 )
 from jaxfi.campaign import _run as campaign
 from jaxfi.engine import _engines
@@ -28,6 +29,7 @@ from tests.conformance_models import (
     dense_layer,
     plain_conv,
     plain_mlp,
+    studied,
     wide_convolutions,
     wide_twice,
 )
@@ -422,3 +424,19 @@ def test_rule_agrees_with_the_operation_on_reindexed_operands(name: str) -> None
 def test_no_rule_for_what_mixes_channels(name: str) -> None:
     operation, shapes, axes = MIXING[name]
     assert propagate(operation, operands_of(shapes), axes)[0] is None
+
+
+@pytest.mark.parametrize("paths", ["*layer3/2/conv*", "*layer3/*/conv2/kernel"])
+def test_a_deep_network_is_cut_without_moving_bits(paths, monkeypatch) -> None:
+    """The mean at a ResNet's end was summed in the order of what XLA fused into it, another one
+    behind each cut: every leaf was checked, refused, and ran the whole network."""
+
+    def refused(programs, found):
+        raise AssertionError(f"{programs.network.paths[programs.plan.leaf]}: {found}")
+
+    monkeypatch.setattr(_engines, "_less_divided", refused)
+    apply_fn, params, shape = studied("resnet20")
+    faults = sample_faults(0, params, 40, paths=paths)
+    images, labels = data(shape)
+    campaign = run_campaign(apply_fn, params, faults, images, labels, batch_size=10)
+    assert (campaign.outcomes == 0).any()
