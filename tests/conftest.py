@@ -14,6 +14,8 @@ os.environ["JAXFI_CACHE_DIR"] = ""  # what is tested is compiled here and now
 import jax
 import pytest
 
+from jaxfi.engine import _kept
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -36,3 +38,11 @@ def _every_leaf_is_divided(request, monkeypatch) -> None:
         monkeypatch.setattr(
             "jaxfi.campaign._run.chosen_plans", lambda network, plans, *others: dict(plans)
         )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_checked_yet() -> None:
+    """As in a new process: what an earlier test's campaign has shown is shown again."""
+    for _, programs in _kept._KEPT.values():
+        for key in [k for k in programs if isinstance(k, tuple) and k[0] == "checked"]:
+            del programs[key]

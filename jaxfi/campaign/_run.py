@@ -191,20 +191,21 @@ def run_campaign(
                 work_of = first.seconds_per_image, batch_size, held, num_images
                 plan = plan_text(costs, len(batches), memory, work_of, wait)
                 print(plan, file=sys.stderr)
-            _run_unfinished(ledger, work, progress)
+            subject = provenance["params_sha256"], provenance["images_sha256"]
+            _run_unfinished(ledger, work, subject, progress)
             results = ledger.results()
         arrays = work.arrays()
     if isinstance(results, Counts):
         golden, labels = arrays["golden"], arrays["labels"]
         return CampaignCounts(faults, *results, num_images, golden, labels, provenance, sample)
-    subject = Subject(network, params, own_batches, precision)
+    audited = Subject(network, params, own_batches, precision)
     return Campaign(
         faults,
         *results[:3],
         provenance=provenance,
         pairs_correct=results.pairs_correct,
         **arrays,
-        _subject=subject,
+        _subject=audited,
     )
 
 
@@ -367,12 +368,12 @@ def _open_ledger(
         yield directory
 
 
-def _run_unfinished(ledger: Ledger, work: _Work, progress: bool) -> None:
+def _run_unfinished(ledger: Ledger, work: _Work, subject: tuple[str, ...], progress: bool) -> None:
     """Runs blocks until none is unfinished, whoever finishes them."""
     unfinished = ledger.unfinished()
     if not unfinished.any():
         return
-    workers = start_workers(work.setup, work.engine, work.devices)
+    workers = start_workers(work.setup, work.engine, work.devices, subject)
     run_block = functools.partial(
         run_checked, faults=work.faults, seed=work.seed, sample=work.sample
     )

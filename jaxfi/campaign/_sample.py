@@ -20,6 +20,7 @@ from jaxfi.faults import FaultList
 from jaxfi.faults._sampling import ExhaustiveFaults, generator_of
 
 _LEAST_WINDOWS, _MOST_WINDOWS = 4, 16
+_MOST_SEEN = 1600  # images: as many windows of small batches as see them
 # Of an exhaustive list; faults, and windows of a leaf that is neither small nor large.
 _SMALLEST_WINDOW, _LARGEST_WINDOW, _WINDOWS_OF_A_LEAF = 2**8, 2**16, 64
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it spread evenly over the circle, however many
@@ -68,7 +69,8 @@ class Sample:
             by_leaf = np.argsort(faults.leaf, kind="stable")
             self._place = np.empty_like(by_leaf)
             self._place[by_leaf] = np.arange(len(faults))
-            wanted = min(max(len(faults) // (2 * batch_size) + 1, _LEAST_WINDOWS), _MOST_WINDOWS)
+            most = max(_MOST_WINDOWS, _MOST_SEEN // batch_size)
+            wanted = min(max(len(faults) // (2 * batch_size) + 1, _LEAST_WINDOWS), most)
             self.edges = np.arange(wanted + 1) * len(faults) // wanted
         self._drawn = functools.lru_cache(maxsize=4)(self._draw)
 

@@ -88,12 +88,17 @@ def split_blocks(
     return blocks
 
 
-def start_workers(setup: Setup, engine: str, devices: Sequence[jax.Device]) -> list[Worker]:
-    """One engine a device, with the parameters on it."""
+def start_workers(
+    setup: Setup, engine: str, devices: Sequence[jax.Device], subject: tuple[str, ...]
+) -> list[Worker]:
+    """One engine a device, with the parameters on it; `subject` are hashes of these and of the
+    images, for which a campaign need not check what an earlier one has."""
     workers = []
     for device in devices:
         with jax.default_device(device):
-            here = dataclasses.replace(setup, params=jax.device_put(setup.params, device))
+            params = jax.device_put(setup.params, device)
+            checked = setup.programs.setdefault(("checked", device, *subject), {})
+            here = dataclasses.replace(setup, params=params, checked=checked)
             workers.append(Worker(device, here, ENGINES[engine](here)))
     return workers
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.engine._compilation import compiled
-from jaxfi.engine._golden import LEAST_CHECKED, Setup
+from jaxfi.engine._golden import Setup
 from jaxfi.engine._packing import Group, Packer
 from jaxfi.engine._plan import slice_plan, undivided
-from jaxfi.engine._programs import Golden, Programs
+from jaxfi.engine._programs import Golden, Programs, columns_key
 from jaxfi.engine._tally import Tally
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._transforms import FAULT_MODELS, Fault, PyTree, inject
@@ -145,42 +145,52 @@ def _less_divided(programs: Programs, found: _MovesBits) -> Programs:
 def _golden(programs: Programs, setup: Setup, number: int, faults: FaultList) -> Golden:
     """The prefix on one batch. The first batches, `LEAST_CHECKED` images, show whether prefix,
     columns and suffix round as the network does: `_MovesBits` is raised if they do not. Of fewer
-    images, others are made for that: `Setup.shuffled`.
+    images, others are made for that: `Setup.shuffled`. What leaves share, and what an earlier
+    campaign of the same parameters and images has shown, is not checked again.
     """
-    checked = len(programs.checked) * setup.batch_size
-    if checked >= LEAST_CHECKED or number in programs.checked:
-        return programs.golden(setup, number)
     plan, random = programs.plan, np.random.default_rng(number)
+    keys: list[tuple] = [
+        ("cut", plan.method, plan.whole, plan.ahead, plan.stops, programs.start_of(number))
+    ]
+    if plan.method == "columns":
+        keys.append(("columns", columns_key(plan)))
+    due = [key for key in keys if setup.is_to_check(key, number)]
+    if not due:
+        return programs.golden(setup, number)
     in_blocks = plan.own is not None or plan.ahead is not None
     if in_blocks and np.isnan(setup.golden).any():
         text = "the golden outputs hold NaN, and which of two NaNs a sum keeps is open"
         raise _MovesBits(text, cut=True)
-    if not programs.checked:  # first these: each of them is freed, or kept as memory allows
-        network, _ = whole_programs(setup.programs, setup.apply_fn)
+    if not all(setup.checked.get(key) for key in due):  # first these: each is freed, or kept as
+        network, _ = whole_programs(setup.programs, setup.apply_fn)  # memory allows
         for other in setup.shuffled:
             expected = setup.shuffled_outputs(network, other)
             if not np.isnan(expected).any():  # see above
                 _check_bits(
-                    programs, setup, programs.golden(setup, other), expected, faults, random
+                    programs, setup, programs.golden(setup, other), expected, faults, random, due
                 )
     golden = programs.golden(setup, number)
     first, count = number * setup.batch_size, setup.images_in(number)
-    _check_bits(programs, setup, golden, setup.golden[first : first + count], faults, random)
-    programs.checked.add(number)
+    expected = setup.golden[first : first + count]
+    _check_bits(programs, setup, golden, expected, faults, random, due)
+    for key in due:
+        setup.checked.setdefault(key, set()).add(number)
     return golden
 
 
-def _check_bits(programs, setup, golden, expected, faults, random) -> None:
-    """Raises `_MovesBits` if the parts, put together, give other than the `expected` outputs for
-    the first images of a batch: each in its place, and in a place of another."""
-    images = np.arange(len(expected))
-    if not _suffix_gives(programs, setup, golden, images, expected):
-        raise _MovesBits("cutting the network moves bits", cut=True)
-    if programs.plan.method == "columns":
-        if not _suffix_gives(programs, setup, golden, random.permutation(images), expected):
-            raise _MovesBits("the output for an image depends on its place in the batch")
-        if _columns_move_bits(programs, setup, golden, faults, random):
-            raise _MovesBits("a channel's bits depend on its column")
+def _check_bits(programs, setup, golden, expected, faults, random, due: list[tuple]) -> None:
+    """Raises `_MovesBits` if the parts that are `due`, put together, give other than the `expected`
+    outputs for the first images of a batch, each in a place of another."""
+    images, in_columns = np.arange(len(expected)), programs.plan.method == "columns"
+    kinds = [key[0] for key in due]
+    if "cut" in kinds:
+        order = random.permutation(images) if in_columns else images
+        if not _suffix_gives(programs, setup, golden, order, expected):
+            if in_columns and _suffix_gives(programs, setup, golden, images, expected):
+                raise _MovesBits("the output for an image depends on its place in the batch")
+            raise _MovesBits("cutting the network moves bits", cut=True)
+    if "columns" in kinds and _columns_move_bits(programs, setup, golden, faults, random):
+        raise _MovesBits("a channel's bits depend on its column")
 
 
 def _suffix_gives(
@@ -207,12 +217,8 @@ def _columns_move_bits(
     faulty = programs.faulty_columns(leaves[plan.leaf], *group[2:])
     changed, stored = programs.columns(leaves, golden, faulty, group.block, group.channel)
     # A program may compute a value twice, and compare another rounding of it than it stores.
-    kept = programs.golden_columns(golden, group.channel)
-    same = [
-        np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        for a, b in zip(stored, kept, strict=True)
-    ]
-    return bool(np.asarray(changed).any()) or not all(same)
+    same = programs.stores_golden(stored, golden, group.channel)
+    return bool(np.asarray(changed).any()) or not all(map(bool, same))
 
 
 def _run_whole(setup, programs, faults, rows, tally, advance) -> None:

@@ -36,6 +36,7 @@ class Setup:
       order: [N] images in the order of the batches, where faults see some images each; None where
         each sees all, in their own order.
       programs: of the network, compiled so far; engines add theirs (`_kept.py`).
+      checked: by what it is, batches on which a part of the network gave the network's bits.
     """
 
     network: Network
@@ -49,6 +50,7 @@ class Setup:
     plans: Mapping[int, LeafPlan]
     order: np.ndarray | None = None
     programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    checked: dict[Any, set[int]] = dataclasses.field(default_factory=dict)
     _shuffled: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
@@ -62,6 +64,11 @@ class Setup:
     @property
     def batch_size(self) -> int:
         return self.batches.shape[1]
+
+    def is_to_check(self, key: Any, number: int) -> bool:
+        """Whether a part of the network was not seen on this batch, nor on enough others."""
+        seen = self.checked.get(key, set())
+        return number not in seen and len(seen) * self.batch_size < LEAST_CHECKED
 
     def images_in(self, number: int) -> int:
         """Images of a batch that are not padding."""

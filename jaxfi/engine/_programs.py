@@ -68,13 +68,15 @@ class Programs:
         self.faulty_leaf = self._common(corrupt)
         self._faulty_columns = self._common(_faulty_columns, static_argnames="how")
         self._lit = self._common(_lit, static_argnames="axis")
-        key = _columns_key(plan)
+        self._taken = self._common(_taken, static_argnames="axis")
+        self._same_columns = self._common(_same_columns, static_argnames="place")
+        key = columns_key(plan)
         self.columns = shared.setdefault(("columns", key), compiled(self._alone._columns))
         self.pack = shared.setdefault(("pack", key), compiled(self._alone._pack))
         self._suffix = [self._segment(number) for number in range(len(plan.stops))]
         self._golden: dict[int, Golden] = {}
         self._earlier: dict[int, dict[core.Var, jax.Array]] = {}  # values to start the prefix from
-        self.checked: set[int] = set()  # batches that showed no bit moved
+        self._starts: dict[int, tuple] = {}  # what the prefix of each of `_golden` started from
 
     def suffix(self, leaves: list[jax.Array], rows: list[jax.Array], block: int) -> jax.Array:
         """The network's outputs [B, classes] for rows packed by `pack`."""
@@ -93,11 +95,18 @@ class Programs:
             stored = True
             while self._golden and len(self._golden) + len(self._earlier) >= num_held:
                 del self._golden[next(iter(self._golden))]
+        self._starts[number] = self.start_of(number)
         start: dict[core.Var, Any] = {self.network.image: setup.batch(number)}
         values = self._run_prefix(setup, start | self._earlier.pop(number, {}))
         if stored:
             self._golden[number] = values
         return values
+
+    def start_of(self, number: int) -> tuple:
+        """What the prefix on a batch starts from: with that its program is another one."""
+        if number in self._golden:
+            return self._starts[number]
+        return self.network.image, *self._earlier.get(number, ())
 
     @property
     def holds_golden(self) -> bool:
@@ -106,13 +115,13 @@ class Programs:
 
     def forget(self) -> None:
         """Frees the golden values."""
-        self._golden, self._earlier = {}, {}
+        self._golden, self._earlier, self._starts = {}, {}, {}
 
     def take_over(self, setup: Setup, before: Programs | None) -> None:
         """Goes on from what `before` holds, where both fit in memory, and frees that."""
         if before is None or before is self:
             return
-        held = before._golden
+        held, starts = before._golden, before._starts
         before.forget()
         if self.plan.method not in ("columns", "slice"):
             return
@@ -123,7 +132,7 @@ class Programs:
         if not all_there or size > setup.memory or self.holds_golden:
             return
         if self._wanted() == before._wanted():
-            self._golden = held
+            self._golden, self._starts = held, starts
             return
         storable = [is_storable(self.network, var) for var in before.plan.inputs]
         for number in held:
@@ -155,21 +164,19 @@ class Programs:
             axes = [0] * (len(rows) - len(axes)) + axes
         if images is None or np.array_equal(images, np.arange(len(images))):
             return rows
-        return [
-            jax.device_put(_picked(row, images, axis), row.sharding)
-            for row, axis in zip(rows, axes, strict=True)
-        ]
+        every = np.arange(rows[0].shape[axes[0]], dtype=np.int32)
+        every[: len(images)] = images
+        return [self._taken(row, every, axis=a) for row, a in zip(rows, axes, strict=True)]
 
-    def golden_columns(self, golden: Golden, channel: np.ndarray) -> list[np.ndarray]:
-        """The packed values' channels [C, B, ...] in a batch in which nothing is faulty."""
+    def stores_golden(
+        self, stored: list[jax.Array], golden: Golden, channel: np.ndarray
+    ) -> list[jax.Array]:
+        """Of each packed value, whether its columns are golden's channels, to the bit."""
         given = dict(zip(self.plan.inputs, golden.inputs, strict=True))
+        places = [(self.plan.axes[var], self.network.batch_axis[var]) for var in self.plan.packed]
         return [
-            np.moveaxis(
-                np.take(np.asarray(given[var]), channel, self.plan.axes[var]),
-                (self.plan.axes[var], self.network.batch_axis[var]),
-                (0, 1),
-            )
-            for var in self.plan.packed
+            self._same_columns(columns, given[var], channel, place=place)
+            for columns, var, place in zip(stored, self.plan.packed, places, strict=True)
         ]
 
     def empty_rows(self, device: Any) -> list[jax.Array]:
@@ -363,10 +370,10 @@ class Programs:
 
 def is_compiled(plan: LeafPlan, programs: dict) -> bool:
     """Whether a campaign has run the plan before, with these programs."""
-    return ("columns", _columns_key(plan)) in programs
+    return ("columns", columns_key(plan)) in programs
 
 
-def _columns_key(plan: LeafPlan) -> tuple:
+def columns_key(plan: LeafPlan) -> tuple:
     """All of a plan that its columns and packing depend on."""
     steps = tuple((id(step.equation), step.columns) for step in plan.steps)
     values = (plan.taken, plan.golden, plan.compared, plan.packed, plan.carried, plan.inputs)
@@ -382,10 +389,15 @@ def _faulty_columns(leaf, block, channel, element, keep, flip, how: tuple) -> ja
     return corrupt_distinct(columns, element, keep, flip)  # one in each column
 
 
-def _picked(row: jax.Array, images: np.ndarray, axis: int) -> np.ndarray:
-    every = np.arange(row.shape[axis])
-    every[: len(images)] = images
-    return np.take(np.asarray(row), every, axis)
+def _taken(row: jax.Array, places: jax.Array, axis: int) -> jax.Array:
+    return jnp.take(row, places, axis=axis, mode="clip")
+
+
+def _same_columns(
+    columns: jax.Array, golden: jax.Array, channel: jax.Array, place: tuple[int, int]
+) -> jax.Array:
+    known = jnp.moveaxis(jnp.take(golden, channel, axis=place[0], mode="clip"), place, (0, 1))
+    return ~jnp.any(_bits_differ(columns, known))
 
 
 def _lit(values: jax.Array, axis: int) -> jax.Array:
