@@ -333,7 +333,9 @@ def by_element(
     size = int(np.prod(faults.shapes[leaf]))
     width = word_bits(faults.dtypes[leaf]) if by_bit else 1
     totals, numbers = np.zeros((size, width)), np.zeros((size, width), np.int64)
-    if isinstance(faults, ExhaustiveFaults):
+    if not size:
+        pass
+    elif isinstance(faults, ExhaustiveFaults):
         last = np.cumsum(faults.counts_by_leaf())[leaf]
         rows = slice(last - faults.counts_by_leaf()[leaf], last)
         bits = next((s.bits for s in faults.drawn_from or () if s.leaf == leaf), ())

@@ -51,7 +51,6 @@ def criticality(
         totals, numbers = by_element(faults, counts, leaf, by_bit)
         with np.errstate(invalid="ignore"):
             share = totals / unit / numbers
-        found[path] = (
-            share.reshape(*shape, -1).astype(np.float32) if by_bit else share.reshape(shape)
-        )
+        whole = (*shape, share.shape[1]) if by_bit else shape
+        found[path] = share.reshape(whole).astype(np.float32 if by_bit else np.float64)
     return found

@@ -22,7 +22,8 @@ from jaxfi.faults._sampling import ExhaustiveFaults, generator_of
 _LEAST_WINDOWS, _MOST_WINDOWS = 4, 16
 _MOST_SEEN = 1600  # images: as many windows of small batches as see them
 # Of an exhaustive list; faults, and windows of a leaf that is neither small nor large.
-_SMALLEST_WINDOW, _LARGEST_WINDOW, _WINDOWS_OF_A_LEAF = 2**8, 2**16, 64
+_SMALLEST_WINDOW, _LARGEST_WINDOW, _WINDOWS_OF_A_LEAF = 2**7, 2**16, 64
+_LARGEST_DRAW = 2**22  # images of a window's faults
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it spread evenly over the circle, however many
 
 
@@ -64,7 +65,7 @@ class Sample:
         self._start = np.random.Generator(generator_of(seed, 0)).random()
         self._place = None  # of each fault in the order of the leaves; as they stand
         if isinstance(faults, ExhaustiveFaults):
-            self.edges = _windows_of_leaves(faults.counts_by_leaf())
+            self.edges = _windows_of_leaves(faults.counts_by_leaf(), images_per_fault)
         else:
             by_leaf = np.argsort(faults.leaf, kind="stable")
             self._place = np.empty_like(by_leaf)
@@ -101,8 +102,9 @@ class Sample:
 
     def batches_of_a_fault(self) -> float:
         """How many hold its images, on average, about."""
-        some = np.linspace(0, self._num_faults - 1, min(self._num_faults, 1000)).astype(np.int64)
-        numbers = np.sort(self.of(some) // self._batch_size, axis=1)
+        windows = np.unique(np.linspace(0, len(self.edges) - 2, 8).astype(np.int64))
+        some = [self._drawn(window)[:200] // self._batch_size for window in windows.tolist()]
+        numbers = np.sort(np.concatenate(some), axis=1)
         return 1 + float(np.mean(np.count_nonzero(np.diff(numbers, axis=1), axis=1)))
 
     def weights(self, first: int, last: int) -> np.ndarray:
@@ -138,14 +140,14 @@ class Sample:
         return there[_draw_each(random, len(there), num_faults, self.count)].astype(np.int32)
 
 
-def _windows_of_leaves(counts: np.ndarray) -> np.ndarray:
+def _windows_of_leaves(counts: np.ndarray, images_per_fault: int) -> np.ndarray:
     """Edges of windows of an exhaustive list: of each leaf so many that its faults see many images
     together, whose rates are asked for too."""
     edges, first = [np.zeros(1, np.int64)], 0
+    largest = min(_LARGEST_WINDOW, max(1, _LARGEST_DRAW // images_per_fault))
     for count in counts.tolist():
-        wanted = max(
-            min(count // _SMALLEST_WINDOW, _WINDOWS_OF_A_LEAF), count // _LARGEST_WINDOW, 1
-        )
+        wanted = max(min(count // _SMALLEST_WINDOW, _WINDOWS_OF_A_LEAF), count // largest)
+        wanted = max(wanted, min(count, _LEAST_WINDOWS))
         if count:
             edges.append(first + np.arange(1, wanted + 1) * count // wanted)
         first += count

@@ -204,7 +204,9 @@ def draw_strata_until_kept(
         goal_variances = np.where(asked, 1 / np.maximum(precision, 1e-300), np.inf)
         variances = stratum_variances(strata, shares)
         new = neyman_counts(strata, variances, left, goal_variances)
-        if sampled:  # what faults have in common takes other images, so more faults of any kind
+        # What faults have in common takes other images, so more faults of any kind; and a share of
+        # a rate is a goal that moves.
+        if sampled or any(goal.relative for goal in goals):
             new = np.minimum(np.maximum(new, -(-stages[-1] // 4)), left)
         if any(goal.relative for goal in goals) and new.sum() > 3 * num_drawn:
             # The rate itself is uncertain at first.

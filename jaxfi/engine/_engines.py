@@ -149,18 +149,17 @@ def _golden(programs: Programs, setup: Setup, number: int, faults: FaultList) ->
     campaign of the same parameters and images has shown, is not checked again.
     """
     plan, random = programs.plan, np.random.default_rng(number)
-    keys: list[tuple] = [
-        ("cut", plan.method, plan.whole, plan.ahead, plan.stops, programs.start_of(number))
-    ]
+    own_way = plan.method, plan.whole, plan.ahead, plan.stops
+    keys: list[tuple] = [("cut", *own_way, *programs.prefix_of(number))]
     if plan.method == "columns":
         keys.append(("columns", columns_key(plan)))
+    in_blocks = plan.own is not None or plan.ahead is not None
+    if in_blocks and setup.holds_nan:
+        text = "the golden outputs hold NaN, and which of two NaNs a sum keeps is open"
+        raise _MovesBits(text, cut=True)
     due = [key for key in keys if setup.is_to_check(key, number)]
     if not due:
         return programs.golden(setup, number)
-    in_blocks = plan.own is not None or plan.ahead is not None
-    if in_blocks and np.isnan(setup.golden).any():
-        text = "the golden outputs hold NaN, and which of two NaNs a sum keeps is open"
-        raise _MovesBits(text, cut=True)
     if not all(setup.checked.get(key) for key in due):  # first these: each is freed, or kept as
         network, _ = whole_programs(setup.programs, setup.apply_fn)  # memory allows
         for other in setup.shuffled:

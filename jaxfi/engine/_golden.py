@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,11 @@ class Setup:
     programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
     checked: dict[Any, set[int]] = dataclasses.field(default_factory=dict)
     _shuffled: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def holds_nan(self) -> bool:
+        """Whether golden outputs hold NaN."""
+        return bool(np.isnan(self.golden).any())
 
     @property
     def sampled(self) -> bool:

@@ -95,15 +95,18 @@ class Programs:
             stored = True
             while self._golden and len(self._golden) + len(self._earlier) >= num_held:
                 del self._golden[next(iter(self._golden))]
-        self._starts[number] = self.start_of(number)
+        self._starts[number] = self._start_of(number)
         start: dict[core.Var, Any] = {self.network.image: setup.batch(number)}
         values = self._run_prefix(setup, start | self._earlier.pop(number, {}))
         if stored:
             self._golden[number] = values
         return values
 
-    def start_of(self, number: int) -> tuple:
-        """What the prefix on a batch starts from: with that its program is another one."""
+    def prefix_of(self, number: int) -> tuple:
+        """What the prefix on a batch gives, and starts from: that decides its program."""
+        return *self._wanted(), self._start_of(number)
+
+    def _start_of(self, number: int) -> tuple:
         if number in self._golden:
             return self._starts[number]
         return self.network.image, *self._earlier.get(number, ())

@@ -262,7 +262,8 @@ def estimate_counted_rate(
     """`estimate_rate` or `estimate_sampled_rate` where only numbers of images were kept.
 
     What faults share that saw the same images is then not known: taken is the most that it can be,
-    since the variance of images for all faults alike is at most that for each.
+    since the variance of images for all faults alike is at most that for each. Of few images that
+    agree that cannot be seen either: t^2 images more count, half of which do and half do not.
 
     Args:
       moments: of the faults' shares.
@@ -275,7 +276,9 @@ def estimate_counted_rate(
     mean = moments.total / moments.num_faults
     spread = (moments.total - moments.squares) / moments.num_faults * count / max(count - 1, 1)
     spread = spread if count > 1 else mean * (1 - mean)
-    parts = Parts((1 - count / num_images) * spread / count, leaning * spread)
+    seen = 1 / (leaning + 1 / num_images)  # images, as if each were seen as often
+    images = (seen * spread + t**2 / 4) / (seen + t**2)
+    parts = Parts((1 - count / num_images) * spread / count, leaning * images)
     return _sampled_estimate(moments, parts, count, num_images, population, t)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxfi.campaign._counts import CampaignCounts, by_element
+from jaxfi.campaign._counts import CampaignCounts, by_element, cells_of
 from jaxfi.data._extras import extra
 from jaxfi.data._files import write_whole
 from jaxfi.faults._layers import layers_of
@@ -62,13 +62,15 @@ def write_census(campaign: CampaignCounts, params: PyTree, path: str | os.PathLi
         import pyarrow.parquet as pq
 
     faults, tables = campaign.faults, []
+    if (cells_of(campaign).faults.bit < 0).any():
+        raise ValueError("faults are of whole words: allowed are those that name a bit")
     for leaf, array in enumerate(jax.tree.leaves(params)):
         size, width = array.size, word_bits(faults.dtypes[leaf])
         cells, there = {}, None
         for name in _COUNTED:
             totals, numbers = by_element(faults, getattr(campaign, name), leaf, by_bit=True)
             if numbers.max(initial=0) > 1:
-                raise ValueError("a bit has several faults: allowed is one, as of a census")
+                raise ValueError("a bit has several faults: allowed is one, of one model")
             there = numbers.astype(bool)
             kind = getattr(campaign, name).dtype
             values = pa.array(totals.astype(kind).ravel(), mask=~there.ravel())

@@ -422,3 +422,22 @@ def test_sampled_intervals_hold(run, count, monkeypatch) -> None:
         missed += [not r.low <= x.value <= r.high for r, x in zip(found.rates, truth, strict=True)]
     # A fair coin of 5 % exceeds 12 of 120 in one case of 100.
     assert (missed <= 12).all(), missed
+
+
+@pytest.mark.parametrize("relative", [0.8, 1.0, 3.0])
+@pytest.mark.parametrize("rate", [0.0, 1e-4, 0.01])
+def test_a_share_of_a_rare_rate_takes_few_stages(relative, rate) -> None:
+    strata = Strata(np.full(3, 10**7), np.arange(3))
+    random = np.random.default_rng(0)
+    drawn = [np.empty((0, 1))] * 3
+
+    def measure(counts):
+        for number, count in enumerate(counts):
+            more = (random.random((count - len(drawn[number]), 1)) < rate).astype(float)
+            drawn[number] = np.concatenate([drawn[number], more])
+        return drawn, np.zeros(1)
+
+    stages = draw_strata_until_kept(
+        measure, strata, [Goal(0.01, relative)], pilot=1000, enough=16_000
+    )
+    assert len(stages) < 40

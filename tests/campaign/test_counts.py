@@ -321,3 +321,39 @@ def test_the_sampled_estimate_is_no_wider_than_counts_say() -> None:
     found = campaign.rates().critical
     assert found.value == pytest.approx(known.value)
     assert known.high - known.low <= found.high - found.low < 3 * (known.high - known.low)
+
+
+@pytest.mark.parametrize("share", [0.003, 0.01, 0.03])
+def test_images_that_few_faults_saw_bound_what_they_can_say(share) -> None:
+    """A leaf of 320 faults, for all of which the same few images are critical: those that the
+    windows show may have none of them, or many."""
+    faults = exhaustive_faults({"b": np.zeros(10, np.float32)})
+    num_images, hits = 10_000, 0
+    for seed in range(200):
+        sample = Sample(faults, num_images, 4, 32, seed)
+        critical = np.random.default_rng(seed).random(num_images) < share
+        pairs = critical[sample.order[sample.places]]
+        campaign = jaxfi.CampaignCounts(
+            faults, *of_critical(pairs), 4, np.zeros((num_images, 2)), np.zeros(num_images, int),
+            {"nan": "critical", "batch_size": 32}, sample,
+        )  # fmt: skip
+        found = campaign.rates().critical
+        hits += found.low <= critical.mean() <= found.high
+    assert hits >= 200 * 0.97  # at 99 %
+
+
+def test_empty_leaves_have_no_criticality() -> None:
+    params = {"w": np.eye(2, dtype=np.float32), "z": np.zeros((0, 2), np.float32)}
+    images = np.float32([[1, 2], [2, 1]])
+    for faults in (exhaustive_faults(params), sample_faults(0, params, 20)):
+        given = lambda p, x: x @ p["w"], params, faults, images, [1, 0]
+        for campaign in (jaxfi.run_campaign(*given), jaxfi.run_campaign(*given, keep="counts")):
+            assert jaxfi.criticality(campaign)["z"].shape == (0, 2)
+            assert jaxfi.criticality(campaign, by_bit=True)["z"].shape == (0, 2, 32)
+
+
+def test_large_windows_do_not_take_much_memory() -> None:
+    faults = exhaustive_faults({"w": jax.ShapeDtypeStruct((3000, 3000), np.float32)})
+    sample = Sample(faults, 10_000, 5000, 100, 0)
+    assert np.diff(sample.edges).max() * 5000 <= 2**23
+    assert 50 <= sample.batches_of_a_fault() <= 51

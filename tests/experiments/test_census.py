@@ -143,6 +143,10 @@ def test_what_is_no_census_is_refused(tmp_path) -> None:
     found = run_campaign(lambda p, x: x @ p["w"], params, faults, images, [1, 0], keep="counts")
     with pytest.raises(ValueError, match="a bit has several faults"):
         write_census(found, params, tmp_path / "census.parquet")
+    faults = exhaustive_faults(params, model="zero")
+    found = run_campaign(lambda p, x: x @ p["w"], params, faults, images, [1, 0], keep="counts")
+    with pytest.raises(ValueError, match="allowed are those that name a bit"):
+        write_census(found, params, tmp_path / "census.parquet")
     assert not list(tmp_path.iterdir())
 
 
