@@ -143,6 +143,7 @@ def define_flags(values: flags.FlagValues, settings: type = Config) -> None:
     for field in dataclasses.fields(settings):
         help, default = field.metadata["help"], field.default
         default = list(default) if isinstance(default, tuple) else default
+        default = str(default) if field.type == "int | str" else default
         define[str(field.type)](field.name, default, help, flag_values=values)
 
 

@@ -133,11 +133,11 @@ stop_soon("stopped")
 from jaxfi import run_campaign
 from jaxfi.campaign import _run as campaign
 from tests.campaign.test_campaign import arguments
-campaign.FAULTS_PER_BLOCK = 4
+campaign.FAULTS_PER_BLOCK = 2
 run_block = campaign.run_checked
 def told(*given, **named):
     print("block", flush=True)
-    time.sleep(0.02)
+    time.sleep(0.05)
     return run_block(*given, **named)
 campaign.run_checked = told
 run_campaign(**arguments(), workdir=sys.argv[1])
