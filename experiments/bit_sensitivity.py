@@ -27,9 +27,11 @@ from experiments.common.study import (
     apply_function,
     initial_shapes,
     integers,
+    load_network,
     require,
     require_weights,
     run_from_flags,
+    train_network,
     weight_leaves,
 )
 from experiments.gr import load_images
@@ -38,7 +40,6 @@ from jaxfi.data import DATASETS, Dataset, first_test_images, read_csv, write_csv
 from jaxfi.faults import (
     BitEffect,
     bit_effects,
-    described_leaves,
     leaf_paths,
     stored_weights,
     word_bits,
@@ -47,7 +48,7 @@ from jaxfi.models import MODELS, PyTree
 from jaxfi.network import ApplyFn, quantize, with_quantized_weights
 from jaxfi.outcomes import NAN_POLICIES
 from jaxfi.report.study import BIT_COLUMNS, write_study
-from jaxfi.training import TrainConfig, load_variables, train, with_matmul_convolutions
+from jaxfi.training import TrainConfig, with_matmul_convolutions
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 
@@ -137,22 +138,6 @@ def run(settings: Settings, workdir: Path) -> None:
                     write_csv(path, BIT_COLUMNS, rows)
     write_csv(workdir / "bit_effects.csv", ("dtype", *BitEffect._fields), effects)
     write_study(workdir)
-
-
-def load_network(settings: Settings, shapes: PyTree) -> PyTree:
-    """The variables that `weights` names. Raises ValueError if they are of another network."""
-    variables = load_variables(settings.weights)
-    found, wanted = described_leaves(variables), described_leaves(shapes)
-    different = [path for path in wanted | found if wanted.get(path) != found.get(path)]
-    allowed = f"a {settings.model} for {settings.dataset}; other leaves: {', '.join(different)}"
-    require(settings, "weights", not different, allowed)
-    return variables
-
-
-def train_network(settings: Settings, dataset: Dataset, folder: Path) -> PyTree:
-    """The variables after the last epoch; `folder` keeps the training."""
-    module = MODELS[settings.model](num_classes=dataset.num_classes)
-    return train(module, dataset, settings.training(), workdir=folder, progress=True).variables
 
 
 @contextlib.contextmanager

@@ -18,19 +18,26 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.common.config import check_same_config, claim_workdir, setting
-from experiments.common.study import initial_shapes, integers, require, run_from_flags
+from experiments.common.study import (
+    initial_shapes,
+    integers,
+    load_network,
+    require,
+    run_from_flags,
+    train_network,
+)
 from experiments.gr import load_images
 from jaxfi.campaign import CampaignCounts, run_campaign
 from jaxfi.convert import from_torch, load_state
 from jaxfi.data import DATASETS, AffineRanges, Dataset, normalise, write_csv
 from jaxfi.engine import ENGINES, PRECISIONS
-from jaxfi.faults import described_leaves, exhaustive_faults
+from jaxfi.faults import exhaustive_faults
 from jaxfi.models import MODELS, PyTree, evaluation_function
 from jaxfi.network import ApplyFn
 from jaxfi.outcomes import CRITICAL, MASKED, NAN_POLICIES
 from jaxfi.report import criticality_figure, heat_map, most_critical, write_census
 from jaxfi.report.figures import save_figure
-from jaxfi.training import TrainConfig, load_variables, train
+from jaxfi.training import TrainConfig
 
 _SHOWN = 100  # weights in most_critical.csv
 
@@ -113,7 +120,7 @@ def run(settings: Settings, workdir: Path) -> CampaignCounts:
     bits = integers(settings, "bits") or None
     faults = exhaustive_faults(shapes["params"], paths=settings.paths, bits=bits)
     images = test_images(settings, dataset, num_images)
-    variables = load_network(settings, shapes) if settings.weights else None
+    variables = given_network(settings, shapes) if settings.weights else None
     claim_workdir(settings, workdir)
     if variables is None:
         variables = train_network(settings, dataset, workdir / "network")
@@ -155,20 +162,11 @@ def test_images(settings: Settings, dataset: Dataset, num_images: int) -> np.nda
     return normalise(dataset.test_images[:num_images], known["mean"], known["std"])
 
 
-def load_network(settings: Settings, shapes: PyTree) -> PyTree:
+def given_network(settings: Settings, shapes: PyTree) -> PyTree:
     """The variables that `weights` names. Raises ValueError if they are of another network."""
-    if not Path(settings.weights).is_dir():
-        return from_torch(load_state(settings.weights), shapes)
-    variables = load_variables(settings.weights)
-    same = described_leaves(variables) == described_leaves(shapes)
-    require(settings, "weights", same, f"a {settings.model} for {settings.dataset}")
-    return variables
-
-
-def train_network(settings: Settings, dataset: Dataset, folder: Path) -> PyTree:
-    """The variables after the last epoch; `folder` keeps the training."""
-    module = MODELS[settings.model](num_classes=dataset.num_classes)
-    return train(module, dataset, settings.training(), workdir=folder, progress=True).variables
+    if Path(settings.weights).is_dir():
+        return load_network(settings, shapes)
+    return from_torch(load_state(settings.weights), shapes)
 
 
 def write_report(campaign: CampaignCounts, params: PyTree, note: str, workdir: Path) -> None:

@@ -16,9 +16,10 @@ from flax import linen as nn
 from experiments.common.command import run_command, workdir_from
 from experiments.common.config import config_from_flags, define_flags, parse_flags
 from jaxfi.data import Dataset
-from jaxfi.faults import leaf_paths
+from jaxfi.faults import described_leaves, leaf_paths
 from jaxfi.models import MODELS, PyTree
 from jaxfi.network import ApplyFn
+from jaxfi.training import load_variables, train
 
 
 def apply_function(module: nn.Module) -> ApplyFn:
@@ -51,6 +52,23 @@ def require_weights(settings: Any, name: str, most: int, variables: PyTree) -> N
     require(settings, "paths", bool(chosen), f"patterns of {', '.join(leaf_paths(variables))}")
     number = sum(leaf.size for leaf in chosen)
     require(settings, name, most <= number, f"up to the {number:,} weights of this network")
+
+
+def load_network(settings: Any, shapes: PyTree) -> PyTree:
+    """The variables of the training that `weights` names. Raises ValueError if they are of another
+    network than these shapes."""
+    variables = load_variables(settings.weights)
+    found, wanted = described_leaves(variables), described_leaves(shapes)
+    different = [path for path in wanted | found if wanted.get(path) != found.get(path)]
+    allowed = f"a {settings.model} for {settings.dataset}; other leaves: {', '.join(different)}"
+    require(settings, "weights", not different, allowed)
+    return variables
+
+
+def train_network(settings: Any, dataset: Dataset, folder: Path) -> PyTree:
+    """The variables after the last epoch of `settings.training()`; `folder` keeps the training."""
+    module = MODELS[settings.model](num_classes=dataset.num_classes)
+    return train(module, dataset, settings.training(), workdir=folder, progress=True).variables
 
 
 def initial_shapes(model: str, dataset: Dataset) -> PyTree:

@@ -133,11 +133,12 @@ def draw_until_kept(
     while True:
         values, shared = measure(looks[-1])
         goals = goals_of(margin, values.shape[1])
-        columns = list(zip(values.T, goals, map(float, shared), strict=True))
         missing = 0
-        for column, goal, s in columns:
-            found = anytime_estimate(column, population, goal, t, s)
-            if looks[-1] < enough or not goal.is_hopeless(found):
+        for column, goal, s in zip(values.T, goals, map(float, shared), strict=True):
+            given_up = looks[-1] >= enough and goal.is_hopeless(
+                anytime_estimate(column, population, goal, t, s)
+            )
+            if not given_up:
                 missing = max(missing, _missing(column, population, goal, t, s))
         if missing == 0 or looks[-1] == most:
             return looks

@@ -18,8 +18,8 @@ Each plane is padded with zeros to whole bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -167,31 +167,44 @@ def encode_chunk(
       num_images: N, images per fault.
       campaign: which campaign it is of; kept in the file's metadata.
     """
-    names = np.array(FAULT_MODELS)[faults.model]
     columns = [
         chunk.rows,
         [faults.paths[leaf] for leaf in faults.leaf],
         [str(index) for index in faults.indices()],
         faults.element,
-        pa.array(faults.bit, mask=~np.isin(names, BIT_MODELS)),
-        names.tolist(),
+        bit_column(faults),
+        np.array(FAULT_MODELS)[faults.model].tolist(),
         *values,
         *_counts(chunk.packed, num_images),
         chunk.correct,
         _as_binary(chunk.packed),
     ]
-    arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-    metadata = {"jaxfi.campaign": campaign, "jaxfi.images": str(num_images)}
-    buffer = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata)),
-        buffer,
-        compression="zstd",
+    return table_bytes(
+        columns,
+        SCHEMA,
+        num_images,
+        campaign,
         row_group_size=4096,
         use_dictionary=["path", "model"],
-        write_page_checksum=True,
         write_statistics=[field.name for field in SCHEMA if field.type != pa.binary()],
     )
+
+
+def bit_column(faults: FaultList) -> pa.Array:
+    """Bits, with gaps where the model names none."""
+    has_bit = np.isin(np.array(FAULT_MODELS)[faults.model], BIT_MODELS)
+    return pa.array(faults.bit, mask=~has_bit)
+
+
+def table_bytes(
+    columns: Sequence[Any], schema: pa.Schema, num_images: int, campaign: str, **options: Any
+) -> bytes:
+    """A chunk's table, which `read_table` reads; `options` are of pyarrow's `write_table`."""
+    arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, schema, strict=True)]
+    metadata = {"jaxfi.campaign": campaign, "jaxfi.images": str(num_images)}
+    table = pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True, **options)
     return buffer.getvalue()
 
 

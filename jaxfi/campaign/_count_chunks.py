@@ -7,19 +7,23 @@ The files hold no outcome of an image, so 5·10⁷ faults take some 10⁸ bytes:
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 
-from jaxfi.campaign._chunks import Chunk, checked_rows, column_of, read_table
+from jaxfi.campaign._chunks import (
+    Chunk,
+    bit_column,
+    checked_rows,
+    column_of,
+    read_table,
+    table_bytes,
+)
 from jaxfi.campaign._counts import Counts, count_type
 from jaxfi.data._extras import extra
 from jaxfi.faults._list import FaultList
-from jaxfi.faults._transforms import BIT_MODELS, FAULT_MODELS
+from jaxfi.faults._transforms import FAULT_MODELS
 
 with extra("store"):
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
@@ -36,7 +40,6 @@ SCHEMA = pa.schema(
         ("correct", pa.int32()),
     ]
 )
-ROWS_TOGETHER = 2**22  # in a merged file
 
 
 def width(num_images: int) -> int:
@@ -51,7 +54,7 @@ def dtype(num_images: int) -> np.dtype:
 
 def rows_together(num_images: int) -> int:
     """Faults in one merged file."""
-    return ROWS_TOGETHER
+    return 2**22
 
 
 def pack(counts: Counts) -> np.ndarray:
@@ -86,12 +89,11 @@ def encode_chunk(
 ) -> bytes:
     """One Parquet file, of the faults at `chunk.rows`; `campaign` is kept in its metadata."""
     masked, critical, due = chunk.packed.astype(np.int32).T
-    has_bit = np.isin(np.array(FAULT_MODELS)[faults.model], BIT_MODELS)
     columns = [
         chunk.rows,
         pa.DictionaryArray.from_arrays(faults.leaf, list(faults.paths)),
         faults.element,
-        pa.array(faults.bit, mask=~has_bit),
+        bit_column(faults),
         pa.DictionaryArray.from_arrays(faults.model.astype(np.int32), list(FAULT_MODELS)),
         masked,
         num_images - masked - critical,
@@ -99,16 +101,7 @@ def encode_chunk(
         due,
         chunk.correct,
     ]
-    arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-    metadata = {"jaxfi.campaign": campaign, "jaxfi.images": str(num_images)}
-    buffer = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata)),
-        buffer,
-        compression="zstd",
-        write_page_checksum=True,
-    )
-    return buffer.getvalue()
+    return table_bytes(columns, SCHEMA, num_images, campaign)
 
 
 def decode_chunk(content: bytes, num_faults: int, num_images: int, campaign: str) -> Chunk:

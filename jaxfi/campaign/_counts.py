@@ -12,7 +12,7 @@ import numpy as np
 from jaxfi.campaign._parts import RateTable, in_percent, parts_by
 from jaxfi.campaign._sample import Sample
 from jaxfi.data._extras import extra
-from jaxfi.faults import FAULT_MODELS, FaultList, PyTree
+from jaxfi.faults import FAULT_MODELS, FaultList, PyTree, Stratum
 from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._layers import LayerOf
 from jaxfi.faults._sampling import ExhaustiveFaults
@@ -124,11 +124,7 @@ class CampaignCounts:
     @property
     def clean_accuracy(self) -> float:
         """Share of images that the fault-free network predicts correctly, of those it saw."""
-        seen = np.ones(len(self.labels), bool)
-        if self.sample is not None:
-            batches = self.sample.batches()
-            size = self.provenance["batch_size"]
-            seen[self.sample.order] = np.isin(np.arange(len(seen)) // size, batches)
+        seen = slice(None) if self.sample is None else self.sample.seen()
         return accuracy(self.golden[seen], self.labels[seen], self.provenance["nan"])
 
     def images(self, rows: Any = slice(None)) -> np.ndarray:
@@ -186,7 +182,11 @@ class CampaignCounts:
         return parts_by(self._cells.faults, by, of, layer_of)
 
     def to_pandas(self, params: PyTree | None = None) -> pandas.DataFrame:
-        """One row a fault, with the columns of `Campaign.to_pandas`."""
+        """One row a fault, with the columns of `Campaign.to_pandas` but for `index`, a text; path
+        and model are categories, so that 5e7 rows fit into memory.
+
+        Raises ImportError where pandas is not installed.
+        """
         with extra("report"):
             import pandas
 
@@ -300,22 +300,22 @@ def _sums_by_rule(
     faults: ExhaustiveFaults, counts: Counts, num_images: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_sums_by_row`, element after element: the cells of a leaf's elements are in one order."""
-    firsts, sums, start = [], [], 0
-    for leaf, bits, num_models in faults.drawn_from or ():
-        count, num_cells = int(faults.counts_by_leaf()[leaf]), len(bits) * num_models
+    firsts, sums = [], []
+    for leaf, bits, num_models in faults.drawn_from:
+        there, num_cells = faults.rows_of_leaf(leaf), len(bits) * num_models
+        if there.start == there.stop:
+            continue
         total = np.zeros((11, num_cells))
-        step = max(1, _AT_ONCE // max(num_cells, 1)) * num_cells
-        for at in range(start, start + count, max(step, 1)):
-            rows = slice(at, min(at + step, start + count))
+        step = max(1, _AT_ONCE // num_cells) * num_cells
+        for start in range(there.start, there.stop, step):
+            rows = slice(start, min(start + step, there.stop))
             numbers = _numbers(counts, rows, num_images)
             grids = [number.reshape(-1, num_cells) for number in numbers]
             total[0] += len(grids[0])
             total[1::2] += [grid.sum(axis=0) for grid in grids]
             total[2::2] += [np.square(grid).sum(axis=0) for grid in grids]
-        if count:
-            firsts.append(start + np.arange(num_cells))
-            sums.append(total)
-        start += count
+        firsts.append(there.start + np.arange(num_cells))
+        sums.append(total)
     return np.concatenate(firsts), np.concatenate(sums, axis=1)
 
 
@@ -333,20 +333,14 @@ def by_element(
     size = int(np.prod(faults.shapes[leaf]))
     width = word_bits(faults.dtypes[leaf]) if by_bit else 1
     totals, numbers = np.zeros((size, width)), np.zeros((size, width), np.int64)
-    if not size:
-        pass
-    elif isinstance(faults, ExhaustiveFaults):
-        last = np.cumsum(faults.counts_by_leaf())[leaf]
-        rows = slice(last - faults.counts_by_leaf()[leaf], last)
-        bits = next((s.bits for s in faults.drawn_from or () if s.leaf == leaf), ())
-        grid = (
-            counts[rows].reshape(size, len(bits), -1) if size and bits else np.empty((size, 0, 1))
-        )
-        columns = [bit for bit in bits if bit >= 0] if by_bit else [0]
+    if isinstance(faults, ExhaustiveFaults):
+        of_leaf = (s for s in faults.drawn_from if s.leaf == leaf)
+        _, bits, num_models = next(of_leaf, Stratum(leaf, (), 1))
+        grid = counts[faults.rows_of_leaf(leaf)].reshape(size, len(bits), num_models)
         if not by_bit:
-            grid = grid.reshape(size, 1, -1)
-        if columns and grid.size:
-            totals[:, columns], numbers[:, columns] = grid.sum(axis=2), grid.shape[2]
+            totals[:, 0], numbers[:, 0] = grid.sum(axis=(1, 2)), len(bits) * num_models
+        elif bits != (-1,):
+            totals[:, bits], numbers[:, bits] = grid.sum(axis=2), num_models
     else:
         here = (faults.leaf == leaf) & ((faults.bit >= 0) | (not by_bit))
         place = faults.element[here] * width + (faults.bit[here] if by_bit else 0)

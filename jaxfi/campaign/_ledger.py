@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,15 +23,9 @@ if TYPE_CHECKING:
 Kept = Results | Counts
 """What is kept of faults."""
 
-Golden = Callable[[np.ndarray], Kept]
-"""That of the fault-free network, for the faults at these rows."""
-
 
 class Ledger(Protocol):
     """Keeps the results of F faults."""
-
-    def begin(self, golden: Golden, idle: Sequence[np.ndarray]) -> None:
-        """Keeps golden's results for faults that change nothing, in blocks of rows."""
 
     def unfinished(self) -> np.ndarray:
         """[F] bool: faults without results yet, whoever works on them."""
@@ -52,10 +46,6 @@ class MemoryLedger:
     def __init__(self, results: Kept):
         self._results = results
         self._unfinished = np.ones(len(results.correct), bool)
-
-    def begin(self, golden: Golden, idle: Sequence[np.ndarray]) -> None:
-        for rows in idle:
-            self.write(rows, golden(rows))
 
     def unfinished(self) -> np.ndarray:
         return self._unfinished
@@ -83,10 +73,6 @@ class DirectoryLedger:
     def __init__(self, store: Store, claims: Claims, process_index: int, num_processes: int):
         self._store, self._claims = store, claims
         self._process_index, self._num_processes = process_index, num_processes
-
-    def begin(self, golden: Golden, idle: Sequence[np.ndarray]) -> None:
-        for rows in self.unclaimed(idle):
-            self.write(rows, golden(rows))
 
     def unfinished(self) -> np.ndarray:
         return ~self._store.finished()

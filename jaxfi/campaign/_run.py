@@ -185,6 +185,8 @@ def run_campaign(
         )  # fmt: skip
         provenance = _provenance(work, precision)
         with _open_ledger(workdir, provenance, work) as ledger:
+            for rows in ledger.unclaimed(work.idle()):
+                ledger.write(rows, work.kept(work.masked(rows)))
             if progress and costs:
                 costs = leaf_costs(network, plans.values(), counts)
                 wait = seconds_to_compile(network, plans, programs, first)
@@ -265,9 +267,9 @@ class _Work(NamedTuple):
         faults = self.faults
         counts = faults.counts_by_leaf()
         if isinstance(faults, ExhaustiveFaults) and self.keep == "counts":
-            ends = np.cumsum(counts).tolist()  # in the order of elements: they are together
-            there = np.flatnonzero(counts).tolist()
-            return {leaf: range(ends[leaf] - int(counts[leaf]), ends[leaf]) for leaf in there}
+            # In the order of elements they are together.
+            rows_of = {leaf: faults.rows_of_leaf(leaf) for leaf in np.flatnonzero(counts).tolist()}
+            return {leaf: range(rows.start, rows.stop) for leaf, rows in rows_of.items()}
         rows = np.flatnonzero(self.activated)  # of which blocks are full
         part = part_of_layer(self.setup.network, self.setup.plans.values(), faults)
         return by_leaf(faults, rows[np.argsort(part[rows], kind="stable")])
@@ -311,11 +313,9 @@ class _Work(NamedTuple):
         golden, labels = self.setup.golden, self.setup.labels
         if self.sample is None:
             return {"golden": golden, "labels": labels}
-        batch = np.arange(len(labels)) // self.setup.batch_size
-        seen = np.isin(batch, self.sample.batches())
-        own = np.argsort(self.sample.order)
-        golden = np.where(seen[:, None], golden, np.array(np.nan, golden.dtype))
-        kept = {"golden": golden[own], "labels": labels[own]}
+        own, seen = np.argsort(self.sample.order), self.sample.seen()
+        golden = np.where(seen[:, None], golden[own], np.array(np.nan, golden.dtype))
+        kept = {"golden": golden, "labels": labels[own]}
         if self.keep == "counts":
             return {**kept, "order": self.sample.order}
         return {**kept, "images": self.sample.images}
@@ -342,15 +342,9 @@ def _provenance(work: _Work, precision: str) -> dict[str, Any]:
 def _open_ledger(
     workdir: str | os.PathLike | None, provenance: dict[str, Any], work: _Work
 ) -> Iterator[Ledger]:
-    """What is finished; faults that are not activated are from the start, with golden's results."""
-
-    def golden(rows: np.ndarray) -> Kept:
-        return work.kept(work.masked(rows))
-
+    """What is finished so far."""
     if workdir is None:
-        memory = MemoryLedger(work.nothing())
-        memory.begin(golden, work.idle())
-        yield memory
+        yield MemoryLedger(work.nothing())
         return
     is_rule = isinstance(work.faults, ExhaustiveFaults) and work.keep == "counts"
     with open_directory(
@@ -363,9 +357,8 @@ def _open_ledger(
         process_index=jax.process_index(),
         num_processes=jax.process_count(),
         keep=work.keep,
-    ) as directory:
-        directory.begin(golden, work.idle())
-        yield directory
+    ) as ledger:
+        yield ledger
 
 
 def _run_unfinished(ledger: Ledger, work: _Work, subject: tuple[str, ...], progress: bool) -> None:

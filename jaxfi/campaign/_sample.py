@@ -100,6 +100,12 @@ class Sample:
         windows = range(len(self.edges) - 1)
         return sorted({number for window in windows for number in self._batches_of(window)})
 
+    def seen(self) -> np.ndarray:
+        """[N] bool: images of those batches."""
+        seen = np.empty(len(self.order), bool)
+        seen[self.order] = np.isin(np.arange(len(seen)) // self._batch_size, self.batches())
+        return seen
+
     def batches_of_a_fault(self) -> float:
         """How many hold its images, on average, about."""
         windows = np.unique(np.linspace(0, len(self.edges) - 2, 8).astype(np.int64))

@@ -198,15 +198,17 @@ class ExhaustiveFaults(FaultList):
         counts[[stratum.leaf for stratum in self.drawn_from]] = self._sizes
         return counts
 
+    def rows_of_leaf(self, leaf: int) -> slice:
+        """The rows of a leaf's faults."""
+        counts = self.counts_by_leaf()
+        last = int(counts[: leaf + 1].sum())
+        return slice(last - int(counts[leaf]), last)
+
     def rows_of_element(self, leaf: int, element: int) -> np.ndarray:
         """The rows of the faults in one element, rising."""
-        first = 0
-        for size, stratum in zip(self._sizes, self.drawn_from, strict=True):
-            if stratum.leaf == leaf:
-                each = len(stratum.bits) * stratum.num_models
-                return np.arange(first + element * each, first + (element + 1) * each)
-            first += size
-        return np.empty(0, np.int64)
+        rows = self.rows_of_leaf(leaf)
+        each = (rows.stop - rows.start) // math.prod(self.shapes[leaf])
+        return rows.start + element * each + np.arange(each)
 
     def _lines(self) -> list[str]:
         sizes = zip(self._sizes, self.drawn_from, strict=True)

@@ -46,11 +46,9 @@ _SAFE = set("""
     reduce_min sort top_k
     """.split())  # fmt: skip
 # What adds or multiplies many, in an order of the compiler's.
-SUMS = set(
-    """
+_SUMS = set("""
     cumlogsumexp cumprod cumsum reduce_prod reduce_sum reduce_window_sum
-    """.split()
-)
+    """.split())  # fmt: skip
 _MOVES = set("""
     broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice expand_dims gather
     neg pad real imag reshape rev select_n slice split squeeze tile transpose
@@ -134,7 +132,7 @@ def bind_rounded(equation: core.JaxprEqn, operands: list) -> list:
         return _divided(*operands)
     if equation.primitive.name in MATMULS:
         operands = _no_constants(operands)
-    if equation.primitive.name in SUMS and _has_words(equation.outvars[0]):
+    if equation.primitive.name in _SUMS and _has_words(equation.outvars[0]):
         # In an order of its own, whatever is before and behind it in a program.
         return unfused(lambda *given: bind(equation, list(given)), *operands)
     return bind(equation, operands)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jaxfi.campaign._counts import CampaignCounts, cells_of
+from jaxfi.campaign._counts import CampaignCounts, Cells, cells_of
 from jaxfi.campaign._result import Campaign
 from jaxfi.faults._layers import layers_of
 from jaxfi.faults._list import FaultList
@@ -55,7 +55,10 @@ class BitShares(NamedTuple):
 
 def shares_by_layer_and_bit(campaign: Campaign | CampaignCounts) -> BitShares:
     """Outcome shares of each layer and bit position; a layer is the leaves under one module."""
-    cells = cells_of(campaign)
+    return _shares(cells_of(campaign))
+
+
+def _shares(cells: Cells) -> BitShares:
     faults = cells.faults
     names = layers_of(faults.paths)
     layers = list(dict.fromkeys(names[leaf] for leaf in np.unique(faults.leaf)))
@@ -79,15 +82,15 @@ def heat_map(campaign: Campaign | CampaignCounts) -> Figure:
     The critical panel's scale ends at its highest cell, the others' at 100 %. Cells without
     faults are hatched.
     """
-    shares = shares_by_layer_and_bit(campaign)
+    cells = cells_of(campaign)
+    shares = _shares(cells)
     with print_style():
         size = (_WIDTH, 1.55 + 0.2 * len(shares.layers))
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(1, len(_PANELS), sharey=True)
-        faults = cells_of(campaign).faults
         for axes, outcome in zip(panels, _PANELS, strict=True):
             _draw(figure, axes, outcome, 100 * getattr(shares, outcome))
-            _label_bits(axes, faults, shares.bits)
+            _label_bits(axes, cells.faults, shares.bits)
         names = [literal(name) for name in shares.layers]
         panels[0].set_yticks(np.arange(len(names)) + 0.5, names)
         panels[0].invert_yaxis()
