@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from jaxfi import campaign, data, engine, faults, network, outcomes
+from jaxfi import campaign, criteria, data, engine, faults, network, outcomes
 from jaxfi.campaign import (
     AdaptiveCampaign,
     Campaign,
@@ -77,6 +77,7 @@ __all__ = [
     "campaign",
     "classify",
     "corrupt",
+    "criteria",
     "criticality",
     "cumulative_accuracy",
     "data",

@@ -30,3 +30,10 @@ def test_its_test_command_is_what_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert '-c requirements.lock -e ".[test]"' in ci
     assert ci.rstrip().endswith('"$venv/bin/python" -m pytest -n 2')
+
+
+def test_the_examples_of_questions_run():
+    text = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    exec(compile("\n".join(examples), "questions.md", "exec"), {})

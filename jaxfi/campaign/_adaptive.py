@@ -15,9 +15,11 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.campaign._anytime import FRESH, Goal, anytime_estimate, draw_until_kept
@@ -33,11 +35,10 @@ from jaxfi.faults._sampling import fault_population, nth_key, sample_faults, sam
 from jaxfi.faults._sites import checked_integer
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn
-from jaxfi.network._images import images_shape
+from jaxfi.network._images import packed_shape
 from jaxfi.outcomes._outcomes import Estimate, Rates, pairs_that_count, per_fault_shares
 from jaxfi.outcomes._two_stage import clean_accuracy, parts_of_variance
 
-_OF_PAIRS = Rates._fields[:4]
 _PILOT_FAULTS, _PILOT_IMAGES = 200, 8  # of the pilot that chooses m
 _PILOT_KEY = 2**31 - 1  # no stratum's
 _MOST_IMAGES = 64  # of one fault: a pilot that saw no difference within a fault proves little
@@ -52,12 +53,20 @@ class AdaptiveCampaign(NamedTuple):
       stages: faults that had run when it looked at the rates, after each stage.
       num_fixed: faults that a fixed sample takes for the same margin, `sample_size`; for the
         smallest half width asked, where that was a share of a rate.
+      criteria: the rates of the campaign's own criteria, by name.
     """
 
     campaign: Campaign
     rates: Rates
     stages: tuple[int, ...]
     num_fixed: int
+    criteria: Mapping[str, Estimate] = MappingProxyType({})
+
+    def rate(self, name: str) -> Estimate:
+        """One of `rates`, or of `criteria`, by name."""
+        if name not in (allowed := (*Rates._fields, *self.criteria)):
+            raise ValueError(f"unknown rate {name!r}: allowed are {', '.join(allowed)}")
+        return self.criteria[name] if name in self.criteria else getattr(self.rates, name)
 
     @property
     def num_saved(self) -> int:
@@ -116,8 +125,9 @@ def run_sequential(
       first: faults before the first look.
       images_per_fault: m images for each fault, as in `run_campaign`; "auto", as many as give the
         narrowest interval for the arithmetic (docs/adaptive.md); None, all images.
-      rates: those that must be within the margin, names in `jaxfi.outcomes.Rates`. Default all; of
-        sampled images without faulty_accuracy, most of whose variance is of the images.
+      rates: those that must be within the margin, names in `jaxfi.outcomes.Rates` and of criteria.
+        Default all; of sampled images without faulty_accuracy, most of whose variance is of the
+        images, as without labels.
       workdir: keeps each stage; the same call there continues it.
       sampling: arguments of `sample_faults`: model, paths, bits, value.
 
@@ -141,8 +151,10 @@ def run_sequential(
         looks = draw_until_kept(
             measure, population, list(goals.values()), t, first, num_sites, enough
         )
-        every = [goals.get(rate, Goal(margin)) for rate in Rates._fields]
-        columns = zip(_shares(stages.campaign).T, every, _shared(stages.campaign), strict=True)
+        names = subject.names
+        every = [goals.get(rate, Goal(margin)) for rate in names]
+        shares, shared = _shares(stages.campaign, names), _shared(stages.campaign, names)
+        columns = zip(shares.T, every, shared, strict=True)
         return looks, [anytime_estimate(v, population, g, t, float(s)) for v, g, s in columns]
 
     return _until_kept(subject, images_per_fault, rates, margin, relative, t, attempt)
@@ -202,8 +214,9 @@ def run_stratified(
 
         sampled, wanted = count is not None, list(goals.values())
         looks = draw_strata_until_kept(measure, strata, wanted, t, pilot, sampled, enough)
-        shares = _by_stratum(_shares(stages.campaign), np.concatenate(belongs), len(drawers))
-        shared = _shared(stages.campaign) if sampled else None
+        names, parts = subject.names, np.concatenate(belongs)
+        shares = _by_stratum(_shares(stages.campaign, names), parts, len(drawers))
+        shared = _shared(stages.campaign, names) if sampled else None
         return looks, stratified_estimates(strata, shares, looks, t, shared)
 
     return _until_kept(subject, images_per_fault, rates, margin, relative, t, attempt)
@@ -219,29 +232,28 @@ def _until_kept(
     attempt: Callable[[int | None, Mapping[str, Goal], _Stages], tuple[list, list[Estimate]]],
 ) -> AdaptiveCampaign:
     """The first attempt whose rates are as their goals ask; on all images that is the last one."""
-    asked = _asked(rates, None if images_per_fault is None else 1)
+    asked = _asked(rates, None if images_per_fault is None else 1, subject)
     goals = _goals(asked, margin, relative)
     for count, stages in _attempts(subject, images_per_fault, asked):
         looks, estimates = attempt(count, goals, stages)
-        found = _rates(stages.campaign, estimates, t)
-        left = {
-            name: goal for name, goal in goals.items() if not goal.is_kept(getattr(found, name))
-        }
-        if count is None or all(g.is_hopeless(getattr(found, name)) for name, g in left.items()):
+        found = _rates(stages.campaign, dict(zip(subject.names, estimates, strict=True)), t)
+        left = {name: goal for name, goal in goals.items() if not goal.is_kept(found[name])}
+        if count is None or all(goal.is_hopeless(found[name]) for name, goal in left.items()):
             break
     for name in left:
         num_faults, num_images = stages.campaign.outcomes.shape
         warn(
             f"{name} did not occur in {num_faults:,} faults x {num_images:,} images: it is at most "
-            f"{getattr(found, name).high:.2g}; what can be had of it is a margin, not a share of it"
+            f"{found[name].high:.2g}; what can be had of it is a margin, not a share of it"
         )
     halves = [
         goal.half(rate.value) or rate.high or margin
-        for rate, goal in ((getattr(found, name), goal) for name, goal in goals.items())
+        for rate, goal in ((found[name], goal) for name, goal in goals.items())
     ]
     num_fixed = sample_size(fault_population(subject.params), min(*halves, 0.99), t)
     num_run = tuple(int(np.sum(look)) for look in looks)
-    return AdaptiveCampaign(stages.campaign, found, num_run, num_fixed)
+    of_outcomes = Rates(*(found.pop(name) for name in Rates._fields))
+    return AdaptiveCampaign(stages.campaign, of_outcomes, num_run, num_fixed, found)
 
 
 def _goals(
@@ -270,6 +282,16 @@ class _Subject(NamedTuple):
     workdir: str | os.PathLike | None
     sampling: dict[str, Any]
     settings: dict[str, Any]
+
+    @property
+    def num_images(self) -> int:
+        return packed_shape(self.images)[0].shape[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the rates, and of the criteria that are no outcome."""
+        own = self.settings.get("criteria") or {}
+        return (*Rates._fields, *(name for name in own if name not in Rates._fields))
 
     def run(self, faults: FaultList, folder: str, seed: int, count: int | None) -> Campaign:
         """A campaign in a folder of its own, which draws images of its own."""
@@ -305,7 +327,7 @@ def _attempts(
 ) -> Iterator[tuple[int | None, _Stages]]:
     """m, and where stages go; more images again and again where all faults on m of them did not do.
     Checks before any work."""
-    num_images = images_shape(subject.images).shape[0]
+    num_images = subject.num_images
     if isinstance(asked, str):
         if asked != "auto":
             raise ValueError(f'images_per_fault is {asked!r}: allowed are "auto", None, integers')
@@ -323,13 +345,19 @@ def _attempts(
     yield None, _Stages(subject, None, folder)
 
 
-def _asked(rates: Iterable[str] | None, images_per_fault: int | None) -> tuple[str, ...]:
+def _asked(
+    rates: Iterable[str] | None, images_per_fault: int | None, subject: _Subject
+) -> tuple[str, ...]:
     """The rates that must be within the margin; ValueError for one that does not exist."""
+    allowed = subject.names
+    if subject.labels is None:
+        allowed = tuple(name for name in allowed if name != "faulty_accuracy")
     if rates is None:
-        return Rates._fields if images_per_fault is None else _OF_PAIRS
+        few = images_per_fault is not None
+        return tuple(name for name in allowed if not few or name != "faulty_accuracy")
     names = [rates] if isinstance(rates, str) or not isinstance(rates, Iterable) else list(rates)
-    if isinstance(rates, str) or not names or any(name not in Rates._fields for name in names):
-        raise ValueError(f"rates is {rates!r}: allowed are some of {', '.join(Rates._fields)}")
+    if isinstance(rates, str) or not names or any(name not in allowed for name in names):
+        raise ValueError(f"rates is {rates!r}: allowed are some of {', '.join(allowed)}")
     return tuple(map(str, names))
 
 
@@ -358,7 +386,7 @@ def best_images_per_fault(
     Raises as `run_sequential`.
     """
     subject = _Subject(apply_fn, params, images, labels, key, workdir, sampling or {}, settings)
-    return _best_images(subject, _asked(rates, 1), images_shape(images).shape[0])
+    return _best_images(subject, _asked(rates, 1, subject), subject.num_images)
 
 
 def _best_images(subject: _Subject, rates: Sequence[str], num_images: int) -> int:
@@ -434,7 +462,7 @@ def _num_sites(params: PyTree, sampling: dict[str, Any]) -> int:
     return sample_faults(0, params, 0, **sampling).population
 
 
-def _shares(campaign: Campaign, rates: Sequence[str] = Rates._fields) -> np.ndarray:
+def _shares(campaign: Campaign, rates: Sequence[str]) -> np.ndarray:
     """[F, rates], what each fault counts for each rate. Of sampled images, faulty accuracy is what
     the fault changes, -1 to 1, from 0 to 1: the clean accuracy is known of more images."""
     results = campaign.results
@@ -446,7 +474,7 @@ def _shares(campaign: Campaign, rates: Sequence[str] = Rates._fields) -> np.ndar
     return np.stack(shares, axis=1)
 
 
-def _shared(campaign: Campaign, rates: Sequence[str] = Rates._fields) -> np.ndarray:
+def _shared(campaign: Campaign, rates: Sequence[str]) -> np.ndarray:
     """[rates], the variance of what faults have in common that saw the same images."""
     results = campaign.results._replace(pairs_correct=None)  # a directory does not keep them
     if (seen := results.seen) is None:
@@ -460,18 +488,19 @@ def _shared(campaign: Campaign, rates: Sequence[str] = Rates._fields) -> np.ndar
     return np.array(found)
 
 
-def _rates(campaign: Campaign, estimates: Sequence[Estimate], t: float) -> Rates:
+def _rates(campaign: Campaign, estimates: dict[str, Estimate], t: float) -> dict[str, Estimate]:
     """The estimates of `_shares`, and faulty accuracy as what it is."""
-    rates, seen = Rates(*estimates), campaign.results.seen
-    if seen is None:
-        return rates
+    results = campaign.results
+    if not results.labelled:
+        return {**estimates, "faulty_accuracy": Estimate(math.nan, math.nan, math.nan)}
+    if (seen := results.seen) is None:
+        return estimates
     clean, variance = clean_accuracy(seen)
-    change = rates.faulty_accuracy
+    change = estimates["faulty_accuracy"]
     value = min(max(float(clean + 2 * change.value - 1), 0.0), 1.0)
     half = math.hypot(change.high - change.low, t * math.sqrt(variance))
-    return rates._replace(
-        faulty_accuracy=Estimate(value, max(value - half, 0.0), min(value + half, 1.0))
-    )
+    low, high = max(value - half, 0.0), min(value + half, 1.0)
+    return {**estimates, "faulty_accuracy": Estimate(value, low, high)}
 
 
 def _by_stratum(shares: np.ndarray, belongs: np.ndarray, num_strata: int) -> list[np.ndarray]:
@@ -481,11 +510,13 @@ def _by_stratum(shares: np.ndarray, belongs: np.ndarray, num_strata: int) -> lis
 def _joined(stages: Sequence[Campaign]) -> Campaign:
     """One campaign of the faults of all stages, in their order."""
     first = stages[0]
-    golden = first.golden.copy()
+    golden = jax.tree.map(np.copy, first.golden)
     images = [campaign.images for campaign in stages if campaign.images is not None]
     for campaign in stages[1:]:  # of sampled images each stage ran those that its faults saw
-        unknown = np.isnan(golden).all(axis=1)
-        golden[unknown] = campaign.golden[unknown]
+        for whole, part in zip(*map(jax.tree.leaves, (golden, campaign.golden)), strict=True):
+            if jnp.issubdtype(whole.dtype, jnp.inexact):
+                unknown = np.isnan(whole).reshape(len(whole), -1).all(axis=1)
+                whole[unknown] = part[unknown]
     idle = sum(campaign.num_not_activated for campaign in stages)
     pairs = [c.pairs_correct for c in stages if c.pairs_correct is not None]
     return dataclasses.replace(
@@ -495,6 +526,10 @@ def _joined(stages: Sequence[Campaign]) -> Campaign:
         due=np.concatenate([campaign.due for campaign in stages]),
         correct=np.concatenate([campaign.correct for campaign in stages]),
         pairs_correct=np.concatenate(pairs) if len(pairs) == len(stages) else None,
+        criteria={
+            name: np.concatenate([campaign.criteria[name] for campaign in stages])
+            for name in first.criteria
+        },
         golden=golden,
         images=None
         if first.images is None

@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxfi.engine._compilation import own_settings
+from jaxfi.engine._questions import Questions, answers_of
 from jaxfi.faults import FaultList, PyTree, inject
 from jaxfi.faults._sampling import generator_of
 from jaxfi.network import Network
@@ -25,7 +26,6 @@ from jaxfi.network._equations import Body, Value, body_env, call_parameter, read
 from jaxfi.network._graph import run
 from jaxfi.network._sources import scan_counts
 from jaxfi.outcomes import Estimate, estimate_rate
-from jaxfi.outcomes._outcomes import judge
 
 NAMES = ("masked", "non-critical", "critical")
 
@@ -70,12 +70,15 @@ class Audit(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What a campaign ran: the traced network, its parameters, batches, and the precision."""
+    """What a campaign ran: the traced network, its parameters, batches, the precision, and what it
+    asked, of which targets."""
 
     network: Network
     params: PyTree
     batches: np.ndarray
     precision: str
+    questions: Questions
+    targets: PyTree
 
 
 def audited(
@@ -83,7 +86,6 @@ def audited(
     faults: FaultList,
     outcomes: np.ndarray,
     due: np.ndarray,
-    nan: str,
     num_pairs: int,
     key: int,
     images: np.ndarray | None = None,
@@ -102,16 +104,20 @@ def audited(
     number = pairs[:, 1] // batch_size
     found, found_due = np.zeros(num_pairs, np.uint8), np.zeros(num_pairs, bool)
     outputs, injected = _one_by_one(subject), jax.jit(inject)
+    ask, labels = jax.jit(subject.questions.answers), np.zeros(batch_size, np.int32)
+    num_images = next((len(leaf) for leaf in jax.tree.leaves(subject.targets)), 1)
     with own_settings(), jax.default_matmul_precision(subject.precision):
         for batch in np.unique(number):
             golden = outputs(subject.params, batch)
+            images = np.minimum(np.arange(batch_size) + batch * batch_size, num_images - 1)
+            targets = jax.tree.map(lambda array, chosen=images: array[chosen], subject.targets)
             for row in np.unique(pairs[number == batch, 0]):
                 faulty = outputs(injected(subject.params, faults.fault(row)), batch)
-                verdict = judge(golden, faulty, jnp.zeros(batch_size, jnp.int32), nan)
+                words = ask(golden, faulty, labels, targets)
+                answers = answers_of(np.asarray(words), len(subject.questions.criteria))
                 here = (number == batch) & (pairs[:, 0] == row)
                 place = pairs[here, 1] - batch * batch_size
-                found[here] = np.asarray(verdict.outcome)[place]
-                found_due[here] = np.asarray(verdict.due)[place]
+                found[here], found_due[here] = answers[0][place], answers[1][place]
     differs = ((found != there[0]) | (found_due != there[1])).astype(float)
     return Audit(pairs, *there, found, found_due, estimate_rate(differs, 1, outcomes.size))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,14 @@ from jaxfi.engine._compilation import checked_precision, compiled
 from jaxfi.engine._engines import ENGINES
 from jaxfi.engine._explain import LeafCost, least_memory
 from jaxfi.engine._plan import mixes_images
+from jaxfi.engine._questions import Criterion, Questions, questions_of
 from jaxfi.faults import FaultList, PyTree
 from jaxfi.faults._sites import checked_integer
 from jaxfi.network import ApplyFn, Network, trace_network
 from jaxfi.network._frozen import frozen
 from jaxfi.network._graph import num_classes, used_leaves
-from jaxfi.network._images import array_of, held
+from jaxfi.network._images import array_of, held, packed
+from jaxfi.network._layout import between_arrays, is_tree
 from jaxfi.network._loops import MOST_TURNS, has_open_loop, most_turns
 from jaxfi.network._rows import Certain
 from jaxfi.outcomes._outcomes import checked_nan_policy
@@ -66,11 +69,15 @@ class Inputs(NamedTuple):
     """What a campaign is of, checked, on one device.
 
     Attributes:
-      apply_fn: the function as it is now.
+      apply_fn: the function as it is now, of one array to one.
       params: on the device.
       batches: [num_batches, batch_size, ...] images, the last batch filled up.
-      labels: [N] int32.
+      labels: [N] int32, -1 where there are none.
       network: of one batch.
+      questions: what is asked of outputs.
+      targets: a tree of arrays [N, ...] for the criteria, or None.
+      trees: makes a function of trees, as the user's is, one of arrays, as `apply_fn` is.
+      of_trees: the user's function as it is now.
     """
 
     apply_fn: ApplyFn
@@ -78,6 +85,10 @@ class Inputs(NamedTuple):
     batches: np.ndarray
     labels: np.ndarray
     network: Network
+    questions: Questions
+    targets: PyTree
+    trees: Callable[[ApplyFn], ApplyFn]
+    of_trees: ApplyFn
 
 
 def checked_inputs(
@@ -87,35 +98,56 @@ def checked_inputs(
     labels: Any,
     batch_size: int,
     device: jax.Device,
+    nan: str = "critical",
+    criteria: Mapping[str, Criterion] | None = None,
 ) -> Inputs:
-    """Raises ValueError or TypeError for a function, parameters, images or labels that do not fit,
-    naming what was given and what is allowed."""
-    images = _checked_images(images)
-    labels = array_of("labels", labels)
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels have shape {labels.shape}: allowed is {images.shape[:1]}, one class an image"
-        )
-    if not jnp.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"labels have dtype {labels.dtype}: allowed are integers")
+    """Raises ValueError or TypeError for a function, parameters, images, labels or criteria that do
+    not fit, naming what was given and what is allowed."""
+    images, of_images = packed("images", images)
+    labels, targets = _checked_targets(labels, images.shape[:1], bool(criteria))
     batches = in_batches(images, batch_size)
-    params, apply_fn = _on_device(params, device), frozen(apply_fn)
+    params, of_trees = _on_device(params, device), frozen(apply_fn)
     batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
-    network = trace_network(apply_fn, params, batch)
+    questions = Questions(nan)
+    if criteria:
+        given = batch if of_images is None else of_images.unpack_shape(batch)
+        outputs = of_trees.outputs(params, given)
+        questions = questions_of(criteria, nan, outputs, batch.shape[0], targets)
+    trees = functools.partial(between_arrays, inputs=of_images, outputs=questions.layout)
+    of_arrays = frozen(trees(of_trees))
+    network = trace_network(of_arrays, params, batch)
+    if questions.layout is None:
+        count = num_classes(network)
+        labels = None if labels is None else _classes(labels, count)
     used_leaves(network)
-    return Inputs(apply_fn, params, batches, _classes(labels, num_classes(network)), network)
+    if labels is None or questions.layout is not None:
+        labels = np.full(len(images), -1, np.int32)
+    return Inputs(of_arrays, params, batches, labels, network, questions, targets, trees, of_trees)
 
 
-def _checked_images(images: Any) -> np.ndarray:
-    """[N, ...] images as JAX would hold them."""
-    images = array_of("images", images)
-    held_so = images.astype(jax.dtypes.canonicalize_dtype(images.dtype))
-    if images.dtype.kind in "iu" and (held_so != images).any():
-        raise ValueError(
-            f"images hold {images[held_so != images][0]}, which JAX cuts to 32 bits: set "
-            "jax_enable_x64, or cast them"
-        )
-    return held_so
+def _checked_targets(
+    labels: Any, shape: tuple[int, ...], asked: bool
+) -> tuple[np.ndarray | None, PyTree]:
+    """Labels [N], where that is what they are; and targets of criteria."""
+    if labels is None:
+        return None, None
+    if not asked or not is_tree(labels):
+        array = array_of("labels", labels)
+        if array.shape == shape and jnp.issubdtype(array.dtype, np.integer):
+            return array, array
+        if not asked and array.shape != shape:
+            raise ValueError(
+                f"labels have shape {array.shape}: allowed is {shape}, one class an image"
+            )
+        if not asked:
+            raise TypeError(f"labels have dtype {array.dtype}: allowed are integers")
+    targets = jax.tree.map(lambda leaf: array_of("labels", leaf), labels)
+    for leaf in jax.tree.leaves(targets):
+        if leaf.shape[:1] != shape:
+            raise ValueError(
+                f"labels hold an array of shape {leaf.shape}: allowed is [{shape[0]}, ...]"
+            )
+    return None, targets
 
 
 def _classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -187,9 +219,9 @@ def warn_of_idle_faults(network: Network, counts: np.ndarray) -> None:
         warn(f"the output does not depend on {named}: their faults are masked by construction")
 
 
-def warn_of_non_finite(golden: np.ndarray) -> None:
+def warn_of_non_finite(questions: Questions, golden: np.ndarray) -> None:
     """Warns of fault-free outputs [N, classes] that hold NaN or Inf."""
-    wrong = np.count_nonzero(~np.isfinite(golden).all(axis=1))
+    wrong = np.count_nonzero(~questions.is_finite(golden))
     if wrong:
         warn(
             f"the fault-free network's outputs hold NaN or Inf for {wrong:,} of {len(golden):,} "

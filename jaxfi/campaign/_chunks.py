@@ -12,7 +12,8 @@ Column `outcomes` holds three bits an image, in three planes: changed, critical,
     changed, critical, due = numpy.unpackbits(
         numpy.frombuffer(row.outcomes, "u1").reshape(3, -1), axis=1, bitorder="little")
 
-Each plane is padded with zeros to whole bytes.
+Each plane is padded with zeros to whole bytes. A campaign with criteria has a plane more for each,
+in the order of their columns, which count the images that meet them.
 """
 
 from __future__ import annotations
@@ -56,12 +57,16 @@ _MERGED_BYTES = 2**26  # of packed outcomes in one merged chunk, before compress
 _BYTES_AT_ONCE = 2**20  # of unpacked outcomes: a processor's cache holds them
 
 
+Criteria = tuple[str, ...]
+"""The names of a campaign's own criteria, in the order of their planes."""
+
+
 class Chunk(NamedTuple):
     """Results of k faults as a file holds them.
 
     Attributes:
       rows: [k] integers, positions in the campaign's fault list.
-      packed: [k, width(N)], what `pack` made.
+      packed: [k, width(N, criteria)], what `pack` made.
       correct: [k] integers, images whose faulty prediction is the label.
     """
 
@@ -70,33 +75,44 @@ class Chunk(NamedTuple):
     correct: np.ndarray
 
 
-def width(num_images: int) -> int:
+def schema_of(criteria: Criteria = ()) -> pa.Schema:
+    """Of a campaign's files: a column more for each criterion, of counts."""
+    counted = [pa.field(name, pa.int32()) for name in criteria]
+    return pa.schema([*list(SCHEMA)[:-1], *counted, SCHEMA.field("outcomes")])
+
+
+def width(num_images: int, criteria: Criteria = ()) -> int:
     """Bytes that one fault's outcomes take when packed."""
-    return 3 * -(-num_images // 8)
+    return (3 + len(criteria)) * -(-num_images // 8)
 
 
-def dtype(num_images: int) -> np.dtype:
+def dtype(num_images: int, criteria: Criteria = ()) -> np.dtype:
     """Of `Chunk.packed`."""
     return np.dtype(np.uint8)
 
 
-def rows_together(num_images: int) -> int:
+def rows_together(num_images: int, criteria: Criteria = ()) -> int:
     """Faults in one merged file."""
-    return max(1, _MERGED_BYTES // width(num_images))
+    return max(1, _MERGED_BYTES // width(num_images, criteria))
 
 
-def pack(results: Results) -> np.ndarray:
+def pack(results: Results, criteria: Criteria = ()) -> np.ndarray:
     """[k, width]."""
-    return pack_outcomes(results.outcomes, results.due)
+    return pack_outcomes(results.outcomes, results.due, [results.criteria[c] for c in criteria])
 
 
-def unpack(chunk: Chunk, num_images: int) -> Results:
+def unpack(chunk: Chunk, num_images: int, criteria: Criteria = ()) -> Results:
     """What `pack` was given."""
-    return Results(*unpack_outcomes(chunk.packed, num_images), chunk.correct)
+    outcomes, due, *met = unpack_outcomes(chunk.packed, num_images, len(criteria))
+    named = dict(zip(criteria, met, strict=True))
+    return Results(outcomes, due, chunk.correct, criteria=named)
 
 
-def check(results: Results, num_faults: int, num_images: int) -> None:
+def check(results: Results, num_faults: int, num_images: int, criteria: Criteria = ()) -> None:
     """What would be refused on reading must not be written."""
+    met = {name: array.shape for name, array in results.criteria.items()}
+    if met != dict.fromkeys(criteria, (num_faults, num_images)):
+        raise ValueError(f"a chunk's criteria are {met}: allowed are {', '.join(criteria)}")
     allowed = (num_faults, num_images), (num_faults, num_images), (num_faults,)
     shapes = tuple(array.shape for array in results[:3])
     if shapes != allowed:
@@ -107,32 +123,39 @@ def check(results: Results, num_faults: int, num_images: int) -> None:
         raise ValueError(f"a chunk's correct images are from 0 to {num_images}")
 
 
-def pack_outcomes(outcomes: np.ndarray, due: np.ndarray) -> np.ndarray:
-    """[F, N] outcomes and DUEs as [F, 3 * ceil(N / 8)] uint8: planes changed, critical, DUE."""
+def pack_outcomes(
+    outcomes: np.ndarray, due: np.ndarray, others: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """[F, N] outcomes, DUEs and others as [F, planes * ceil(N / 8)] uint8: planes changed,
+    critical, DUE, others."""
     num_faults, num_images = outcomes.shape
-    packed = np.empty((num_faults, width(num_images)), np.uint8)
+    packed = np.empty((num_faults, (3 + len(others)) * -(-num_images // 8)), np.uint8)
     for some in _few_at_a_time(num_faults, num_images):
-        planes = outcomes[some], outcomes[some] == CRITICAL, due[some]
+        more = [other[some] for other in others]
+        planes = outcomes[some], outcomes[some] == CRITICAL, due[some], *more
         packed[some] = np.hstack([np.packbits(p, axis=1, bitorder="little") for p in planes])
     return packed
 
 
-def unpack_outcomes(packed: np.ndarray, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """The [F, N] uint8 outcomes and bool DUEs of what `pack_outcomes` made.
+def unpack_outcomes(
+    packed: np.ndarray, num_images: int, num_others: int = 0
+) -> tuple[np.ndarray, ...]:
+    """The [F, N] uint8 outcomes, and bool DUEs and others, of what `pack_outcomes` made.
 
     >>> outcomes = np.array([[0, 1, 2]], np.uint8)
     >>> unpack_outcomes(pack_outcomes(outcomes, outcomes == 2), 3)[0]
     array([[0, 1, 2]], dtype=uint8)
     """
-    outcomes, broken = np.zeros((2, len(packed), num_images), np.uint8)
-    changed, critical, due = _planes(packed)
+    outcomes, *flags = np.zeros((2 + num_others, len(packed), num_images), np.uint8)
+    changed, critical, *planes = _planes(packed, 3 + num_others)
     for rows, bits in _rows_with_bits(changed, num_images):
         outcomes[rows] = bits
     for rows, bits in _rows_with_bits(critical, num_images):
         outcomes[rows] += bits
-    for rows, bits in _rows_with_bits(due, num_images):
-        broken[rows] = bits
-    return outcomes, broken.view(bool)
+    for flag, plane in zip(flags, planes, strict=True):
+        for rows, bits in _rows_with_bits(plane, num_images):
+            flag[rows] = bits
+    return outcomes, *(flag.view(bool) for flag in flags)
 
 
 def _rows_with_bits(plane: np.ndarray, num_images: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -149,8 +172,8 @@ def _few_at_a_time(num_rows: int, num_images: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
-def _planes(packed: np.ndarray) -> list[np.ndarray]:
-    return np.split(packed, 3, axis=1)
+def _planes(packed: np.ndarray, count: int) -> list[np.ndarray]:
+    return np.split(packed, count, axis=1)
 
 
 def encode_chunk(
@@ -159,6 +182,7 @@ def encode_chunk(
     values: tuple[np.ndarray, np.ndarray],
     num_images: int,
     campaign: str,
+    criteria: Criteria = (),
 ) -> bytes:
     """A chunk as the bytes of a Parquet file.
 
@@ -166,7 +190,9 @@ def encode_chunk(
       faults, values: of its rows; values are the parameters' before and after.
       num_images: N, images per fault.
       campaign: which campaign it is of; kept in the file's metadata.
+      criteria: their names.
     """
+    counts, schema = _counts(chunk.packed, num_images, len(criteria)), schema_of(criteria)
     columns = [
         chunk.rows,
         [faults.paths[leaf] for leaf in faults.leaf],
@@ -175,18 +201,19 @@ def encode_chunk(
         bit_column(faults),
         np.array(FAULT_MODELS)[faults.model].tolist(),
         *values,
-        *_counts(chunk.packed, num_images),
+        *counts[:4],
         chunk.correct,
+        *counts[4:],
         _as_binary(chunk.packed),
     ]
     return table_bytes(
         columns,
-        SCHEMA,
+        schema,
         num_images,
         campaign,
         row_group_size=4096,
         use_dictionary=["path", "model"],
-        write_statistics=[field.name for field in SCHEMA if field.type != pa.binary()],
+        write_statistics=[field.name for field in schema if field.type != pa.binary()],
     )
 
 
@@ -215,13 +242,15 @@ def _as_binary(rows: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), len(rows), buffers)
 
 
-def decode_chunk(content: bytes, num_faults: int, num_images: int, campaign: str) -> Chunk:
+def decode_chunk(
+    content: bytes, num_faults: int, num_images: int, campaign: str, criteria: Criteria = ()
+) -> Chunk:
     """What `encode_chunk` was given. ValueError saying why, if it is anything else."""
-    table = read_table(content, SCHEMA, num_faults, campaign)
+    table = read_table(content, schema_of(criteria), num_faults, campaign)
     rows, correct = checked_rows(table, num_faults), column_of(table, "correct")
     if not ((correct >= 0) & (correct <= num_images)).all():
         raise ValueError("it has more correct images than there are")
-    return Chunk(rows, _read_packed(table, num_images), correct)
+    return Chunk(rows, _read_packed(table, num_images, criteria), correct)
 
 
 def read_table(content: bytes, schema: pa.Schema, num_faults: int, campaign: str) -> pa.Table:
@@ -250,13 +279,14 @@ def checked_rows(table: pa.Table, num_faults: int) -> np.ndarray:
     return rows
 
 
-def _read_packed(table: pa.Table, num_images: int) -> np.ndarray:
-    packed = _read_bytes(_without_gaps(table, "outcomes"), width(num_images))
-    changed, critical, _ = planes = _planes(packed)
-    counted = [column_of(table, name) for name in ("masked", "non_critical", "critical", "due")]
+def _read_packed(table: pa.Table, num_images: int, criteria: Criteria) -> np.ndarray:
+    packed = _read_bytes(_without_gaps(table, "outcomes"), width(num_images, criteria))
+    changed, critical, *_ = planes = _planes(packed, 3 + len(criteria))
+    names = ("masked", "non_critical", "critical", "due", *criteria)
+    counted = [column_of(table, name) for name in names]
     padding = [plane[:, -1] >> (num_images - 1) % 8 + 1 for plane in planes]
     if (
-        not np.array_equal(counted, _counts(packed, num_images))
+        not np.array_equal(counted, _counts(packed, num_images, len(criteria)))
         or np.any(padding)
         or np.any(critical & ~changed)
     ):
@@ -290,10 +320,11 @@ def _without_gaps(table: pa.Table, name: str) -> pa.ChunkedArray:
     return column
 
 
-def _counts(packed: np.ndarray, num_images: int) -> np.ndarray:
-    """[4, F] images that are masked, non-critical, critical, and DUE."""
-    changed, critical, due = counts = np.empty((3, len(packed)), np.int32)
+def _counts(packed: np.ndarray, num_images: int, num_others: int) -> np.ndarray:
+    """[4 + others, F] images that are masked, non-critical, critical, DUE, and meet criteria."""
+    planes = 3 + num_others
+    changed, critical, *others = counts = np.empty((planes, len(packed)), np.int32)
     for some in _few_at_a_time(len(packed), num_images):
-        bits = np.bitwise_count(packed[some]).reshape(-1, 3, packed.shape[1] // 3)
+        bits = np.bitwise_count(packed[some]).reshape(-1, planes, packed.shape[1] // planes)
         counts[:, some] = bits.sum(axis=2, dtype=np.int32).T
-    return np.stack([num_images - changed, changed - critical, critical, due])
+    return np.stack([num_images - changed, changed - critical, critical, *others])

@@ -176,8 +176,8 @@ class CampaignCounts:
             everything = np.ones(len(self._cells.faults), bool)
             return self._rates_of(everything, checked_population(population, self.faults), t)
 
-        def of(here: np.ndarray, population: float) -> tuple[int, Rates]:
-            return int(self._cells.num_faults[here].sum()), self._rates_of(here, population, t)
+        def of(here: np.ndarray, population: float) -> tuple[int, Rates, dict]:
+            return int(self._cells.num_faults[here].sum()), self._rates_of(here, population, t), {}
 
         return parts_by(self._cells.faults, by, of, layer_of)
 

@@ -30,6 +30,7 @@ def describe(
     num_images: int,
     content: bytes | None,
     keep: str = "outcomes",
+    criteria: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What campaign.json says; `content` is the fault list's file, None where it is a rule."""
     description: dict[str, Any] = {
@@ -44,6 +45,8 @@ def describe(
     }
     if keep != "outcomes":
         description["keep"] = keep
+    if criteria:
+        description["criteria"] = list(criteria)
     if content is not None:
         description["faults_file"] = f"faults-{content_hash(content)}.npz"
     else:
@@ -77,6 +80,8 @@ def read_description(directory: Path) -> dict[str, Any]:
     fingerprint, num_images = description.get("fingerprint"), description.get("num_images")
     keep = description.get("keep", "outcomes")
     known = isinstance(fingerprint, dict) and isinstance(num_images, int) and keep in KEPT
+    criteria = description.get("criteria", [])
+    known = known and isinstance(criteria, list) and all(isinstance(c, str) for c in criteria)
     if not known or num_images < 1:
         raise damaged(path, "it does not describe a campaign")
     return description

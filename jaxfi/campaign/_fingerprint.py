@@ -29,11 +29,19 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
     NumPy's version is not in it: NumPy only draws the faults, which are compared themselves, and
     moves bits.
     """
+    questions = setup.questions
     images = setup.batches.reshape(-1, *setup.batches.shape[2:])[: setup.num_images]
-    labels = setup.labels
+    labels, targets = setup.labels, setup.targets
     if setup.order is not None:
         own = np.argsort(setup.order)
         images, labels = images[own], labels[own]
+        targets = jax.tree.map(lambda array: array[own], targets)
+    asked: dict[str, Any] = {}
+    if questions.digests:
+        asked["criteria"] = dict(questions.digests)
+        asked["targets_sha256"] = _hash(*jax.tree.leaves(targets))
+    if questions.layout is not None:
+        asked["outputs"] = questions.layout.describe()
     return {
         "params_sha256": _hash(*jax.tree.leaves(setup.params)),
         "images_sha256": _hash(images),
@@ -41,7 +49,8 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
         "network_sha256": digest(setup.network),
         "contraction": "none",  # each operation rounds by itself: jaxfi.network._rounding
         "batch_size": setup.batch_size,
-        "nan": setup.nan,
+        "nan": questions.nan,
+        **asked,
         "jaxfi": _own_version(),
         "commit": commit(Path(__file__).parents[1]),
         "jax": jax.__version__,

@@ -61,6 +61,9 @@ class MemoryLedger:
         for whole, part in zip(self._results[:4], results[:4], strict=True):
             if whole is not None:
                 whole[rows] = part
+        if isinstance(self._results, Results) and isinstance(results, Results):
+            for name, met in results.criteria.items():
+                self._results.criteria[name][rows] = met  # type: ignore[index]
         self._unfinished[rows] = False
 
     def results(self) -> Kept:
@@ -107,11 +110,12 @@ def open_directory(
     process_index: int = 0,
     num_processes: int = 1,
     keep: str = "outcomes",
+    criteria: tuple[str, ...] = (),
 ) -> Iterator[DirectoryLedger]:
     """The ledger in `directory`, begun or continued. Raises as `open_store` and `Store.keep`.
 
     Args:
-      fingerprint, faults, values, keep: as in `open_store`.
+      fingerprint, faults, values, keep, criteria: as in `open_store`.
       arrays: golden outputs and labels, [N, ...] each, to keep beside the results, and of sampled
         pairs the images, [F, m].
       num_images: of each fault.
@@ -127,6 +131,7 @@ def open_directory(
         values=values,
         process_index=process_index,
         keep=keep,
+        criteria=criteria,
     ) as store:
         store.keep(**arrays)
         claims = Claims(Path(directory) / "claims")

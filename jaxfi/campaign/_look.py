@@ -24,8 +24,14 @@ def lines_of(campaign: Campaign) -> list[str]:
         + (f" of {len(campaign.labels):,} each" if campaign.images is not None else ""),
         f"  masked {in_percent(rates.masked)}, not critical {in_percent(rates.non_critical)}, "
         f"critical {in_percent(rates.critical)} %",
-        f"  DUE {in_percent(rates.due)} %; accuracy {100 * campaign.clean_accuracy:.2f} % without "
-        f"faults, {in_percent(rates.faulty_accuracy)} % with",
+        f"  DUE {in_percent(rates.due)} %"
+        + (
+            f"; accuracy {100 * campaign.clean_accuracy:.2f} % without faults, "
+            f"{in_percent(rates.faulty_accuracy)} % with"
+            if campaign.clean_accuracy >= 0
+            else ""
+        ),
+        *(f"  {name} {in_percent(campaign.rate(name))} %" for name in campaign.criteria),
         "  go on: .rates(by='layer'), .rates(by='bit'), .to_pandas(), [rows]; intervals are 99 %",
     ]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ class Part(NamedTuple):
       name: the part: a layer, a bit position, a fault model; of several keys, joined by ", ".
       num_faults: faults in it.
       masked, non_critical, critical, due, faulty_accuracy: as in `Rates`, fractions.
+      criteria: those of the campaign's own criteria, by name.
     """
 
     name: str
@@ -36,6 +38,11 @@ class Part(NamedTuple):
     critical: Estimate
     due: Estimate
     faulty_accuracy: Estimate
+    criteria: Mapping[str, Estimate] = MappingProxyType({})
+
+    def rate(self, name: str) -> Estimate:
+        """One of them, by name."""
+        return self.criteria[name] if name in self.criteria else getattr(self, name)
 
 
 class RateTable(Sequence[Part]):
@@ -58,12 +65,15 @@ class RateTable(Sequence[Part]):
 
     def __repr__(self) -> str:
         width = max(len(self.by), *(len(part.name) for part in self.parts))
-        names = Rates._fields
+        names = self._names()
         lines = [f"{self.by:{width}} {'faults':>8} " + " ".join(f"{n:>21}" for n in names)]
         for part in self.parts:
-            cells = " ".join(f"{in_percent(getattr(part, name)):>21}" for name in names)
+            cells = " ".join(f"{in_percent(part.rate(name)):>21}" for name in names)
             lines.append(f"{part.name:{width}} {part.num_faults:>8,} {cells}")
         return "\n".join((*lines, "percent, with intervals"))
+
+    def _names(self) -> tuple[str, ...]:
+        return (*Rates._fields, *(self.parts[0].criteria if self.parts else ()))
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a part. Raises ImportError where pandas is not installed."""
@@ -73,8 +83,8 @@ class RateTable(Sequence[Part]):
         rows = []
         for part in self.parts:
             row: dict[str, Any] = {self.by: part.name, "faults": part.num_faults}
-            for name in Rates._fields:
-                value = getattr(part, name)
+            for name in self._names():
+                value = part.rate(name)
                 row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
             rows.append(row)
         return pandas.DataFrame(rows)
@@ -109,10 +119,11 @@ def rates_by(
         significant down.
     """
 
-    def of(here: np.ndarray, population: float) -> tuple[int, Rates]:
-        num_faults = int(here.sum())
+    def of(here: np.ndarray, population: float) -> tuple[int, Rates, dict[str, Estimate]]:
+        num_faults, some = int(here.sum()), results.of_faults(here)
         population = population if population >= num_faults else math.inf  # faults are repeated
-        return num_faults, whole_rates(results.of_faults(here), population, t)
+        criteria = {name: rate_of(some, name, population, t) for name in some.criteria}
+        return num_faults, whole_rates(some, population, t), criteria
 
     return parts_by(faults, by, of, layer_name, order)
 
@@ -120,12 +131,12 @@ def rates_by(
 def parts_by(
     faults: FaultList,
     by: str | Sequence[str],
-    rates: Callable[[np.ndarray, float], tuple[int, Rates]],
+    rates: Callable[[np.ndarray, float], tuple[int, Rates, Mapping[str, Estimate]]],
     layer_name: LayerOf | None = None,
     order: Sequence[str] | None = None,
 ) -> RateTable:
     """The table of `rates_by`: `rates` gives the number of faults and the rates of a part, a mask
-    of the `faults`, and of its possible faults."""
+    of the `faults`, and of its possible faults, and those of criteria."""
     keys = (by,) if isinstance(by, str) else tuple(by)
     if not keys or any(key not in KEYS for key in keys) or len(set(keys)) < len(keys):
         raise ValueError(f"cannot group by {by!r}: allowed are one or more of {', '.join(KEYS)}")
@@ -139,8 +150,9 @@ def parts_by(
         if not here.any():
             continue
         chosen = dict(zip(keys, values, strict=True))
-        num_faults, found = rates(here, _population(faults[here], faults, chosen, layers))
-        parts.append(Part(", ".join(values), num_faults, *found))
+        possible = _population(faults[here], faults, chosen, layers)
+        num_faults, found, criteria = rates(here, possible)
+        parts.append(Part(", ".join(values), num_faults, *found, criteria))
     return RateTable(", ".join(keys), parts)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -19,15 +20,18 @@ from jaxfi.faults import FAULT_MODELS, FaultList, PyTree
 from jaxfi.faults._cutoff import checked_cutoff
 from jaxfi.faults._layers import LayerOf
 from jaxfi.faults._sites import checked_integer
+from jaxfi.network._layout import layout_from
 from jaxfi.outcomes._outcomes import (
     CRITICAL,
     MASKED,
     NON_CRITICAL,
+    Estimate,
     Rates,
     Results,
     accuracy,
     checked_population,
     correct_predictions,
+    rate_of,
 )
 from jaxfi.outcomes._two_stage import Seen
 
@@ -44,24 +48,27 @@ class Campaign:
       outcomes: [F, N] uint8, 0 masked, 1 non-critical, 2 critical.
       due: [F, N] bool, the faulty output holds NaN or Inf.
       correct: [F] int32, images whose faulty prediction is the label.
-      golden: [N, classes] fault-free outputs.
-      labels: [N] int32.
+      golden: [N, classes] fault-free outputs; of outputs that are not one array [batch, classes]
+        all of them, [N, ...] each, as the network arranges them; loaded from a directory, by name.
+      labels: [N] int32, -1 where none were given; accuracies are then NaN.
       provenance: what the result depends on: hashes, precision, batch size, seed, versions.
       pairs_correct: [F, N] bool, the faulty prediction is the label; None where a directory kept
         only the number of such images.
       images: None where every fault saw every image; else [F, m] int32, the images that each saw.
         Arrays [F, N] are then [F, m], and the golden outputs of images that no fault saw are NaN.
+      criteria: by the campaign's own criteria, [F, N] bool each, whether the pair meets it.
     """
 
     faults: FaultList
     outcomes: np.ndarray
     due: np.ndarray
     correct: np.ndarray
-    golden: np.ndarray
+    golden: Any
     labels: np.ndarray
     provenance: dict[str, Any]
     pairs_correct: np.ndarray | None = None
     images: np.ndarray | None = None
+    criteria: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     _subject: Subject | None = dataclasses.field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -86,6 +93,7 @@ class Campaign:
             correct=self.correct[rows],
             pairs_correct=None if pairs is None else pairs[rows],
             images=None if self.images is None else self.images[rows],
+            criteria={name: met[rows] for name, met in self.criteria.items()},
         )
 
     @property
@@ -93,17 +101,28 @@ class Campaign:
         """What the faults did, with the images that they saw where it was not all."""
         seen = None
         if self.images is not None:
-            right = correct_predictions(self.golden, self.labels, self.provenance["nan"])
+            right = np.zeros(len(self.labels), bool)
+            if self._labelled:
+                right = correct_predictions(self.golden, self.labels, self.provenance["nan"])
             right = np.where(self._seen, right, np.int8(-1)).astype(np.int8)
             seen = Seen(self.images, right, self.faults.leaf)
-        return Results(self.outcomes, self.due, self.correct, self.pairs_correct, seen)
+        return Results(
+            self.outcomes, self.due, self.correct, self.pairs_correct, seen, self.criteria,
+            self._labelled,
+        )  # fmt: skip
+
+    @property
+    def _labelled(self) -> bool:
+        return bool((self.labels >= 0).any())
 
     @property
     def _seen(self) -> np.ndarray:
         """[N] bool: images that the fault-free network ran on."""
         if self.images is None:
             return np.ones(len(self.labels), bool)
-        seen = ~np.isnan(self.golden).all(axis=1)
+        seen: Any = np.zeros(len(self.labels), bool)
+        if isinstance(self.golden, np.ndarray) and self.golden.ndim == 2:
+            seen = ~np.isnan(self.golden).all(axis=1)
         seen[self.images] = True
         return seen
 
@@ -119,16 +138,38 @@ class Campaign:
 
     @property
     def clean_accuracy(self) -> float:
-        """Share of images that the fault-free network predicts correctly, of those it saw."""
+        """Share of images that the fault-free network predicts correctly, of those it saw; NaN
+        without labels."""
+        if not self._labelled:
+            return math.nan
         seen = self._seen
         return accuracy(self.golden[seen], self.labels[seen], self.provenance["nan"])
 
     @property
     def faulty_accuracy(self) -> float:
-        """Correct faulty predictions / (faults x images)."""
-        if self.images is not None:
+        """Correct faulty predictions / (faults x images); NaN without labels."""
+        if self.images is not None or not self._labelled:
             return self.rates().faulty_accuracy.value
         return float(self.correct.sum() / self.outcomes.size)
+
+    def rate(
+        self,
+        name: str,
+        population: int | None = None,
+        t: float | None = None,
+        *,
+        confidence: float | None = None,
+    ) -> Estimate:
+        """The share of pairs that meet one of the campaign's criteria, or one of `Rates` by name.
+
+        Args:
+          name: of a criterion, or "masked", "non_critical", "critical", "due", "faulty_accuracy".
+          population, t, confidence: as in `rates`.
+
+        Raises ValueError as `rates`, and for another name.
+        """
+        t = checked_cutoff(t, confidence)
+        return rate_of(self.results, name, checked_population(population, self.faults), t)
 
     @overload
     def rates(
@@ -217,6 +258,7 @@ class Campaign:
                 **counts,
                 "due": self.num_due,
                 "correct": self.correct,
+                **{name: met.sum(axis=1) for name, met in self.criteria.items()},
             }
         ).assign(bit=lambda table: table["bit"].mask(faults.bit < 0))
 
@@ -237,9 +279,8 @@ class Campaign:
                 "a loaded campaign has no network: allowed is one that run_campaign returned, "
                 "with the same workdir, which continues where that is"
             )
-        nan = self.provenance["nan"]
         return audited(
-            self._subject, self.faults, self.outcomes, self.due, nan, num_pairs, key, self.images
+            self._subject, self.faults, self.outcomes, self.due, num_pairs, key, self.images
         )
 
     def _of_images(self, images: Any) -> Results:
@@ -252,11 +293,15 @@ class Campaign:
         chosen = np.arange(len(self.labels))[np.asarray(images)]
         if not chosen.size or chosen.ndim != 1:
             raise ValueError(f"images choose {chosen.shape}: allowed are one image or more, [N]")
-        pairs = self.pairs_correct
+        pairs = self.pairs_correct if self._labelled else np.zeros(self.outcomes.shape, bool)
         if pairs is None:
             pairs = self._derived_correct(chosen)
         pairs = pairs[:, chosen]
-        return Results(self.outcomes[:, chosen], self.due[:, chosen], pairs.sum(axis=1), pairs)
+        criteria = {name: met[:, chosen] for name, met in self.criteria.items()}
+        return Results(
+            self.outcomes[:, chosen], self.due[:, chosen], pairs.sum(axis=1), pairs,
+            criteria=criteria, labelled=self._labelled,
+        )  # fmt: skip
 
     def _derived_correct(self, chosen: np.ndarray) -> np.ndarray:
         """`pairs_correct` where outcomes tell it: of images that the golden network gets right."""
@@ -283,13 +328,15 @@ def load_campaign(directory: str | os.PathLike) -> Any:
     arrays = stored.arrays
     if isinstance(stored.results, Counts):
         return _loaded_counts(stored)
+    golden, outputs = arrays["golden"], stored.fingerprint.get("outputs")
     return Campaign(
         stored.faults,
         *stored.results[:3],
-        golden=arrays["golden"],
+        golden=golden if outputs is None else layout_from(outputs).by_name(golden),
         labels=arrays["labels"],
         provenance=stored.fingerprint,
         images=arrays.get("images"),
+        criteria=stored.results.criteria,
     )
 
 

@@ -49,16 +49,14 @@ from jaxfi.engine._explain import LeafCost, leaf_costs
 from jaxfi.engine._golden import Setup, golden_run, network_function
 from jaxfi.engine._kept import kept
 from jaxfi.engine._plan import mixes_images, part_of_layer, plan_leaves
+from jaxfi.engine._questions import Criterion, check_images_apart
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sampling import ExhaustiveFaults
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._frozen import frozen
 from jaxfi.network._graph import ApplyFn, trace_network
 from jaxfi.network._loops import has_open_loop, with_loop_limit
-from jaxfi.outcomes._outcomes import (
-    Results,
-    judge,
-)
+from jaxfi.outcomes._outcomes import Results
 
 # Saved together; the results do not depend on it.
 FAULTS_PER_BLOCK, _MOST_FAULTS_PER_BLOCK = 2048, 2**16
@@ -81,6 +79,7 @@ def run_campaign(
     seed: int = 0,
     images_per_fault: int | None = None,
     keep: str = "outcomes",
+    criteria: Mapping[str, Criterion] | None = None,
     loop_limit: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
@@ -89,11 +88,13 @@ def run_campaign(
     """Runs every fault on every image, or on some drawn for it.
 
     Args:
-      apply_fn: pure; maps `params` and images [batch, ...] to outputs [batch, classes].
+      apply_fn: pure; maps `params` and images [batch, ...] to outputs [batch, classes]; with
+        criteria to any tree of arrays [batch, ...].
       params: any pytree of float or integer arrays; faults go into these.
       faults: F faults in `params`.
-      images: [N, ...].
-      labels: [N] integers.
+      images: [N, ...], or a tree of such arrays (a dict, or a tuple of them): ids and mask.
+      labels: [N] integers; None where nothing asks for them, accuracies are then NaN. Where
+        criteria ask for other targets, a tree of arrays [N, ...].
       nan: "critical" counts a changed output with a NaN as critical; "argmax" goes by the argmax
         of NaN, as published tools do.
       engine: "fast", "reference" (one fault at a time), or "vmap".
@@ -107,6 +108,11 @@ def run_campaign(
       keep: "outcomes" of every pair, a `Campaign`; or "counts", how many images of each fault had
         which, a `CampaignCounts`: for maps of every bit of every weight, of which
         `exhaustive_faults` is a list that takes no memory.
+      criteria: what else is asked of each pair, by name: functions such as those of
+        `jaxfi.criteria`, `fn(golden, faulty, targets) -> [batch] bool`, pure, and each image by
+        itself. `Campaign.rate` gives the share of pairs that meet one. Where the outputs are not
+        one float array [batch, classes], the first one says what is critical, in place of the
+        argmax; one that is called "critical" always does. Masked and DUE do not change.
       loop_limit: turns after which a loop whose end depends on parameters or images counts as
         endless, a hang: its outputs are NaN, a DUE. Default 100 times what the fault-free network
         takes at most.
@@ -128,19 +134,22 @@ def run_campaign(
     [[2, 1], [0, 0]]
     """
     check_choices(engine, precision, nan, seed, keep)
+    if criteria and keep == "counts":
+        raise ValueError('criteria are of pairs: allowed with them is keep="outcomes"')
     apply_fn = frozen(apply_fn)
     check_faults(faults, params)
     devices = checked_devices(devices, workdir)
     arithmetic = jax.default_matmul_precision(precision)
     with own_settings(), programs_kept(), arithmetic, jax.default_device(devices[0]):
-        apply_fn, params, batches, labels, network = checked_inputs(
-            apply_fn, params, images, labels, batch_size, devices[0]
+        inputs = checked_inputs(
+            apply_fn, params, images, labels, batch_size, devices[0], nan, criteria
         )
+        apply_fn, params, batches, labels, network, questions, targets, *_ = inputs
         if images_per_fault is not None:
             check_images_per_fault(images_per_fault, len(labels))
         if has_open_loop(network):
             loop_limit = checked_loop_limit(loop_limit, apply_fn, params, batches)
-            apply_fn = with_loop_limit(apply_fn, loop_limit)
+            apply_fn = inputs.trees(with_loop_limit(inputs.of_trees, loop_limit))
             batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
             network = trace_network(apply_fn, params, batch)
         network, programs = kept(network)
@@ -155,9 +164,11 @@ def run_campaign(
             sample = Sample(faults, len(labels), images_per_fault, batch_size, seed, in_order=mixes)
             order = sample.order
             batches, labels = reordered(batches, order), labels[order]
+            targets = jax.tree.map(lambda array: array[order], targets)
         num_images = len(labels) if sample is None else sample.count
         together = faults_together(keep, len(faults), num_images)
-        of_fault = num_images if keep == "outcomes" else len(Counts._fields)
+        of_fault = num_images * (3 + len(questions.criteria)) // 3
+        of_fault = of_fault if keep == "outcomes" else len(Counts._fields)
         num_kept = of_fault * len(faults) + num_images * together
         memory = checked_memory(memory_budget, devices, num_kept, costs)
         function = network_function(network)
@@ -171,12 +182,16 @@ def run_campaign(
             last = golden[len(golden) - len(golden) % batch_size :]
         check_last_batch(network, run, batches, len(labels), last)
         warn_of_idle_faults(network, counts)
-        warn_of_non_finite(golden)
+        warn_of_non_finite(questions, golden)
+        some = slice(numbers[0] * batch_size, (numbers[0] + 1) * batch_size)
+        of_some = jax.tree.map(lambda array: array[some], (golden, labels, targets))
+        check_images_apart(questions, *of_some)
         held = len(batches) if sample is None else sample.batches_of_a_fault()
         plans = chosen_plans(network, plans, costs, programs, first, batch_size, held, num_images)
         setup = Setup(
-            network, function, params, batches, labels, golden, nan, memory, plans, order, programs
-        )
+            network, function, params, batches, labels, golden, questions, memory, plans, order,
+            targets, programs,
+        )  # fmt: skip
         # Of the plans, which depend on shapes alone: each process of a job sees the same blocks.
         prices = {leaf: leaf_price(cost) for leaf, cost in zip(leaves, costs, strict=True)}
         work = _Work(
@@ -200,12 +215,14 @@ def run_campaign(
     if isinstance(results, Counts):
         golden, labels = arrays["golden"], arrays["labels"]
         return CampaignCounts(faults, *results, num_images, golden, labels, provenance, sample)
-    audited = Subject(network, params, own_batches, precision)
+    arrays["golden"] = questions.outputs(arrays["golden"])
+    audited = Subject(network, params, own_batches, precision, questions, inputs.targets)
     return Campaign(
         faults,
         *results[:3],
         provenance=provenance,
         pairs_correct=results.pairs_correct,
+        criteria=dict(results.criteria),
         **arrays,
         _subject=audited,
     )
@@ -289,7 +306,10 @@ class _Work(NamedTuple):
             np.empty(shape, bool),
             np.empty(shape, bool),
         )
-        return Results(outcomes, due, np.empty(shape[0], np.int32), correct)
+        names = self.setup.questions.criteria
+        criteria = {name: np.empty(shape, bool) for name in names}
+        counts = np.empty(shape[0], np.int32)
+        return Results(outcomes, due, counts, correct, criteria=criteria)
 
     def kept(self, results: Results) -> Kept:
         """What is kept of results."""
@@ -297,15 +317,15 @@ class _Work(NamedTuple):
 
     def masked(self, rows: np.ndarray) -> Results:
         """Of faults that change nothing: golden's own."""
-        golden, labels = self.setup.golden, self.setup.labels
-        verdict = jax.tree.map(np.asarray, judge(golden, golden, labels, self.setup.nan))
         if self.sample is None:
-            pairs = np.broadcast_to(np.arange(len(labels)), (len(rows), len(labels)))
+            count = self.setup.num_images
+            pairs = np.broadcast_to(np.arange(count), (len(rows), count))
         else:
             pairs = self.sample.of(rows)
-        correct = verdict.correct[pairs]
+        outcome, due, correct, *criteria = (a[pairs] for a in self.setup.golden_answers)
         counts = correct.sum(axis=1, dtype=np.int32)
-        return Results(verdict.outcome[pairs], verdict.due[pairs], counts, correct)
+        named = dict(zip(self.setup.questions.criteria, criteria, strict=True))
+        return Results(outcome, due, counts, correct, criteria=named)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is kept beside the outcomes: golden outputs and labels by image, and of sampled
@@ -314,7 +334,8 @@ class _Work(NamedTuple):
         if self.sample is None:
             return {"golden": golden, "labels": labels}
         own, seen = np.argsort(self.sample.order), self.sample.seen()
-        golden = np.where(seen[:, None], golden[own], np.array(np.nan, golden.dtype))
+        unseen = np.nan if jax.dtypes.issubdtype(golden.dtype, np.inexact) else 0
+        golden = np.where(seen[:, None], golden[own], np.array(unseen, golden.dtype))
         kept = {"golden": golden, "labels": labels[own]}
         if self.keep == "counts":
             return {**kept, "order": self.sample.order}
@@ -357,6 +378,7 @@ def _open_ledger(
         process_index=jax.process_index(),
         num_processes=jax.process_count(),
         keep=work.keep,
+        criteria=tuple(work.setup.questions.criteria),
     ) as ledger:
         yield ledger
 

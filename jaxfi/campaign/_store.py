@@ -78,6 +78,8 @@ class Store:
         self.faults, self._values = read_faults(self.directory, description)
         self._campaign: str = description["sha256"]
         self._kind = _KINDS[description.get("keep", "outcomes")]
+        criteria = tuple(description.get("criteria", ()))
+        self._of = {"criteria": criteria} if criteria else {}
         self._known: set[str] = set()  # chunks verified so far
         self._finished = np.zeros(len(self.faults), bool)  # by those
 
@@ -99,7 +101,7 @@ class Store:
         """
         rows = np.asarray(rows)
         self._check_results(rows, results)
-        self._write_chunk(Chunk(rows, self._kind.pack(results), results.correct))
+        self._write_chunk(Chunk(rows, self._kind.pack(results, **self._of), results.correct))
 
     def keep(self, **arrays: np.ndarray) -> None:
         """Stores named arrays, such as golden outputs; on a resume, checks that they are the same.
@@ -139,8 +141,9 @@ class Store:
     def _read_all(self) -> Chunk:
         """All faults in one chunk, in their order; of those without results, correct is -1."""
         num_faults = len(self.faults)
-        width, kind = (f(self.num_images) for f in (self._kind.width, self._kind.dtype))
-        packed = np.zeros((num_faults, width), kind)
+        functions = self._kind.width, self._kind.dtype
+        width, dtype = (function(self.num_images, **self._of) for function in functions)
+        packed = np.zeros((num_faults, width), dtype)
         whole = Chunk(np.arange(num_faults), packed, np.full(num_faults, -1, np.int32))
         for path in self._chunks():
             rows, *parts = self._read_chunk(path)
@@ -158,7 +161,7 @@ class Store:
         return whole
 
     def _unpacked(self, whole: Chunk) -> Results | Counts:
-        return self._kind.unpack(whole, self.num_images)
+        return self._kind.unpack(whole, self.num_images, **self._of)
 
     def merge(self) -> Results | Counts:
         """`read`, and rewrites the results in few files, the same whatever the chunks were.
@@ -166,7 +169,7 @@ class Store:
         For one process of a job, when all is finished. It may be killed and called again.
         """
         whole, old = _patiently(self._read_all), self._chunks()
-        size = self._kind.rows_together(self.num_images)
+        size = self._kind.rows_together(self.num_images, **self._of)
         parts = [slice(first, first + size) for first in range(0, len(self.faults), size)]
         new = {self._write_chunk(Chunk(*(array[part] for array in whole))) for part in parts}
         for path in old:
@@ -191,14 +194,14 @@ class Store:
         content = read_verified(path)
         try:
             return self._kind.decode_chunk(
-                content, len(self.faults), self.num_images, self._campaign
+                content, len(self.faults), self.num_images, self._campaign, **self._of
             )
         except ValueError as error:
             raise damaged(path, str(error)) from None
 
     def _check_results(self, rows: np.ndarray, results: Results | Counts) -> None:
         """What would be refused on reading must not be written."""
-        self._kind.check(results, len(rows), self.num_images)
+        self._kind.check(results, len(rows), self.num_images, **self._of)
         inside = (rows >= 0) & (rows < len(self.faults))
         if len(np.unique(rows)) != len(rows) or not inside.all():
             raise ValueError(f"a chunk's rows are distinct and from 0 to {len(self.faults) - 1}")
@@ -209,7 +212,7 @@ class Store:
             return None
         values = self._values and (self._values[0][rows], self._values[1][rows])
         faults, encode = self.faults[rows], self._kind.encode_chunk
-        content = encode(chunk, faults, values, self.num_images, self._campaign)
+        content = encode(chunk, faults, values, self.num_images, self._campaign, **self._of)
         name = f"faults-{rows.min():09d}-{len(rows):09d}-{content_hash(content)}.parquet"
         path = self.directory / "results" / name
         write_whole(path, content, self._process_index)
@@ -227,6 +230,7 @@ def open_store(
     values: tuple[np.ndarray, np.ndarray] | None,
     process_index: int = 0,
     keep: str = "outcomes",
+    criteria: tuple[str, ...] = (),
 ) -> Iterator[Store]:
     """Opens or creates the results of one campaign, locked against a second process.
 
@@ -239,6 +243,7 @@ def open_store(
         where the list is a rule.
       process_index: which process of the job this is; each has its own lock.
       keep: "outcomes" of pairs, or "counts" of faults.
+      criteria: names of the campaign's own, whose answers are kept beside the outcomes.
 
     Raises ValueError naming each difference if the directory holds another campaign, or the file
     that is damaged; BlockingIOError if another process holds the lock; OSError naming the file
@@ -252,7 +257,7 @@ def open_store(
         if values is not None:
             columns = {name: getattr(faults, name) for name in LIST_COLUMNS}
             content = to_npz({**columns, "before": values[0], "after": values[1]})
-        description = describe(fingerprint, faults, num_images, content, keep)
+        description = describe(fingerprint, faults, num_images, content, keep, criteria)
         if (directory / CAMPAIGN_FILE).exists():
             check_same(directory, read_description(directory), description)
         if content is not None and not (directory / description["faults_file"]).exists():

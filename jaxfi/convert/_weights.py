@@ -24,7 +24,7 @@ from jaxfi.data._extras import extra
 PyTree = Any
 Path = str | os.PathLike
 
-_TOLERANCE = 1e-4  # of outputs, relative to the largest
+TOLERANCE = 1e-4  # of outputs, relative to the largest
 # Under which training checkpoints keep the state dict, and what wrappers put before its names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -106,10 +106,10 @@ def _check_outputs(module: Any, apply_fn: Callable, images: Any, variables: PyTr
         raise ValueError(f"PyTorch puts out {expected.shape}, the converted network {found.shape}")
     largest = np.max(np.abs(expected), initial=np.finfo(np.float32).tiny)
     error = np.max(np.abs(found - expected), initial=0.0) / largest
-    if not error <= _TOLERANCE:
+    if not error <= TOLERANCE:
         raise ValueError(
             f"the outputs of PyTorch and of the converted network differ by {error:.2g} of the "
-            f"largest, allowed is {_TOLERANCE:g}: a dense layer that reads a flattened image "
+            f"largest, allowed is {TOLERANCE:g}: a dense layer that reads a flattened image "
             "(flattened), a transposed convolution (kinds), or another network"
         )
 

@@ -21,8 +21,10 @@ from jaxfi.engine._plan import LeafPlan, plan_leaves
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sites import checked_integer
 from jaxfi.faults._transforms import PyTree, describe_leaves
-from jaxfi.network._graph import ApplyFn, Network, num_classes, trace_network, used_leaves
-from jaxfi.network._images import images_shape
+from jaxfi.network._frozen import frozen
+from jaxfi.network._graph import ApplyFn, Network, trace_network, used_leaves
+from jaxfi.network._images import packed_shape
+from jaxfi.network._layout import Layout, between_arrays, layout_of
 
 
 class LeafCost(NamedTuple):
@@ -85,13 +87,12 @@ def explain(
     that a campaign can be planned for a network that does not fit in memory.
 
     Args:
-      apply_fn, params, images, batch_size, precision: as in `run_campaign`.
+      apply_fn, params, images, batch_size, precision: as in `run_campaign` with criteria.
       faults: counted per leaf; None counts none. They may stand before the images, as there.
       labels: not looked at.
 
     Returns one `LeafCost` a leaf, in the order of `jax.tree.leaves(params)`. Raises ValueError or
-    TypeError for arguments that do not fit, and for a function whose outputs are not float
-    [batch, classes].
+    TypeError for arguments that do not fit, and for outputs that are not [batch, ...] each.
 
     >>> params = {"w": jax.ShapeDtypeStruct((4, 3), np.float32)}
     >>> images = jax.ShapeDtypeStruct((10, 4), np.float32)
@@ -100,20 +101,31 @@ def explain(
     """
     if isinstance(images, FaultList):
         images, faults = faults, images
-    images = images_shape(images)
+    images, of_images = packed_shape(images)
     batch_size = min(checked_integer("batch_size", batch_size, 1), images.shape[0])
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), images.dtype)
     describe_leaves(params)
     if faults is not None:
         faults.validate(params)
     with own_settings(), jax.default_matmul_precision(checked_precision(precision)):
-        network = trace_network(apply_fn, params, batch)
+        network = trace_network(_of_arrays(apply_fn, params, batch, of_images), params, batch)
     used_leaves(network)
-    num_classes(network)  # two or more
     counts = np.zeros(len(network.leaves), np.int64) if faults is None else faults.counts_by_leaf()
     idle, faulty = (np.flatnonzero(there).tolist() for there in (counts == 0, counts > 0))
     plans = plan_leaves(network, idle) | plan_leaves(network, faulty)
     return leaf_costs(network, [plans[leaf] for leaf in range(len(counts))], counts)
+
+
+def _of_arrays(
+    apply_fn: ApplyFn, params: PyTree, batch: jax.ShapeDtypeStruct, of_images: Layout | None
+) -> ApplyFn:
+    """The function of one array to one, as campaigns run it."""
+    now = frozen(apply_fn)
+    outputs = now.outputs(params, batch if of_images is None else of_images.unpack_shape(batch))
+    leaves, layout = jax.tree.leaves(outputs), None
+    if len(leaves) != 1 or leaves[0].ndim != 2:
+        layout = layout_of("the outputs", outputs, batch.shape[0])
+    return between_arrays(now, of_images, layout)
 
 
 def leaf_costs(network: Network, plans: Iterable[LeafPlan], counts: np.ndarray) -> list[LeafCost]:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.engine._plan import LeafPlan
+from jaxfi.engine._questions import Questions, answers_of
 from jaxfi.faults._transforms import PyTree
 from jaxfi.network._graph import ApplyFn, Network, evaluate
 
@@ -29,13 +31,14 @@ class Setup:
       network, apply_fn: the network as equations, and as every engine computes it.
       params: its fault-free parameters.
       batches: [num_batches, batch_size, ...] images, the last batch padded.
-      labels: [N] int32, in the order of the batches.
+      labels: [N] int32, in the order of the batches; -1 where there are none.
       golden: [N, classes] fault-free outputs, in that order; 0 in batches that no fault sees.
-      nan: see `jaxfi.outcomes.judge`.
+      questions: what is asked of outputs.
       memory: bytes that golden values and working space may take together.
       plans: how the fast engine runs the faults of each leaf that has any; others need none.
       order: [N] images in the order of the batches, where faults see some images each; None where
         each sees all, in their own order.
+      targets: a tree of arrays [N, ...] in that order, for the criteria.
       programs: of the network, compiled so far; engines add theirs (`_kept.py`).
       checked: by what it is, batches on which a part of the network gave the network's bits.
     """
@@ -46,10 +49,11 @@ class Setup:
     batches: np.ndarray
     labels: np.ndarray
     golden: np.ndarray
-    nan: str
+    questions: Questions
     memory: int
     plans: Mapping[int, LeafPlan]
     order: np.ndarray | None = None
+    targets: PyTree = None
     programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
     checked: dict[Any, set[int]] = dataclasses.field(default_factory=dict)
     _shuffled: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -57,7 +61,26 @@ class Setup:
     @functools.cached_property
     def holds_nan(self) -> bool:
         """Whether golden outputs hold NaN."""
-        return bool(np.isnan(self.golden).any())
+        return bool(self.questions.holds_nan(self.golden).any())
+
+    @functools.cached_property
+    def golden_answers(self) -> list[np.ndarray]:
+        """What is answered of the golden outputs, [N] each: outcome, DUE, correct, criteria."""
+        words = []
+        for start in range(0, self.num_images, self.batch_size):
+            rows = np.minimum(start + np.arange(self.batch_size), self.num_images - 1)
+            words.append(np.asarray(self.judged(self.golden[rows], rows)))
+        word = np.concatenate(words)[: self.num_images]
+        return answers_of(word, len(self.questions.criteria))
+
+    def judged(self, outputs: Any, images: np.ndarray, golden: Any = None) -> jax.Array:
+        """Of outputs [batch, classes] for these images [batch], `Questions.answers`; `golden` ones
+        are given where they are not the network's."""
+        return _judged(self.questions, *self._on_device, outputs, images, golden)
+
+    @functools.cached_property
+    def _on_device(self) -> tuple:
+        return jax.tree.map(jnp.asarray, (self.golden, self.labels, self.targets))
 
     @property
     def sampled(self) -> bool:
@@ -98,6 +121,14 @@ class Setup:
         if number not in self._shuffled:
             self._shuffled[number] = np.asarray(network(self.params, self.batch(number)))
         return self._shuffled[number]
+
+
+@functools.partial(jax.jit, static_argnames="questions")
+def _judged(questions, golden, labels, targets, outputs, images, own_golden):
+    """One word a pair: the host fetches them together."""
+    golden = golden[images] if own_golden is None else own_golden
+    targets = jax.tree.map(lambda array: array[images], targets)
+    return questions.answers(golden, outputs, labels[images], targets)
 
 
 def network_function(network: Network) -> ApplyFn:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.engine._golden import Setup
-from jaxfi.outcomes._outcomes import MASKED, Results, judge
+from jaxfi.engine._questions import answers_of
+from jaxfi.outcomes._outcomes import MASKED, Results
 
 _AHEAD = 8  # batches of verdicts that the device may be ahead of the host
 
@@ -20,21 +20,15 @@ class Tally:
     """
 
     def __init__(self, setup: Setup, num_faults: int, picks: np.ndarray | None = None):
-        self._golden = jnp.asarray(setup.golden)
-        self._labels = jnp.asarray(setup.labels)
-        self._setup = setup
-        everything = np.arange(setup.num_images)
-        golden = _judged(self._golden, self._labels, self._golden, everything, None, nan=setup.nan)
-        self.picks = picks
+        self._setup, self.picks = setup, picks
         shape = (num_faults, setup.num_images) if picks is None else picks.shape
-        _, self._golden_due, self._golden_correct = _unpacked(np.asarray(golden))
         if picks is not None:
             self._batches = picks // setup.batch_size  # [F, m]
             keys = (np.arange(num_faults)[:, None] * setup.num_images + picks).ravel()
             self._order = np.argsort(keys)
             self._keys = keys[self._order]
-        self.outcome, self.due = np.empty(shape, np.uint8), np.empty(shape, bool)
-        self.correct = np.empty(shape, bool)
+        self.outcome = np.empty(shape, np.uint8)
+        self._flags = [np.empty(shape, bool) for _ in (setup.golden_answers[1:])]
         self._waiting: list[tuple] = []
         self.forget(np.arange(num_faults))
 
@@ -42,8 +36,9 @@ class Tally:
         """Makes these faults golden again, whatever was added."""
         self.results()
         there = slice(None) if self.picks is None else self.picks[rows]
-        self.outcome[rows], self.due[rows] = MASKED, self._golden_due[there]
-        self.correct[rows] = self._golden_correct[there]
+        self.outcome[rows] = MASKED
+        for kept, golden in zip(self._flags, self._setup.golden_answers[1:], strict=True):
+            kept[rows] = golden[there]
 
     def batches(self, rows: np.ndarray) -> list[int]:
         """Those that hold an image of these faults."""
@@ -89,7 +84,7 @@ class Tally:
         golden: jax.Array | None = None,
     ) -> None:
         """Outputs [batch, classes] of faults and images; a row of -1 is padding."""
-        verdict = _judged(self._golden, self._labels, outputs, images, golden, nan=self._setup.nan)
+        verdict = self._setup.judged(outputs, images, golden)
         verdict.copy_to_host_async()
         self._waiting.append((rows, images, verdict))
         if len(self._waiting) > _AHEAD:
@@ -98,8 +93,10 @@ class Tally:
     def results(self) -> Results:
         while self._waiting:
             self._settle(self._waiting.pop(0))
-        counts = self.correct.sum(axis=1, dtype=np.int32)
-        return Results(self.outcome, self.due, counts, self.correct)
+        due, correct, *criteria = self._flags
+        counts = correct.sum(axis=1, dtype=np.int32)
+        named = dict(zip(self._setup.questions.criteria, criteria, strict=True))
+        return Results(self.outcome, due, counts, correct, criteria=named)
 
     def _settle(self, waiting: tuple) -> None:
         rows, images, verdict = waiting
@@ -108,25 +105,6 @@ class Tally:
         if self.picks is not None:
             found = np.searchsorted(self._keys, rows * self._setup.num_images + images)
             images = self._order[found] % self.picks.shape[1]
-        for kept, found in zip(
-            (self.outcome, self.due, self.correct), _unpacked(verdict), strict=True
-        ):
+        answers = answers_of(verdict, len(self._setup.questions.criteria))
+        for kept, found in zip((self.outcome, *self._flags), answers, strict=True):
             kept[rows, images] = found
-
-
-def _judge(golden, labels, outputs, images, own_golden, *, nan):
-    """Outcome, DUE and correctness in one byte: the host fetches them together."""
-    golden = golden[images] if own_golden is None else own_golden
-    verdict = judge(golden, outputs, labels[images], nan)
-    return (
-        verdict.outcome
-        | verdict.due.astype(jnp.uint8) << 2
-        | verdict.correct.astype(jnp.uint8) << 3
-    )
-
-
-def _unpacked(verdict: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return verdict & 3, (verdict & 4) > 0, (verdict & 8) > 0
-
-
-_judged = jax.jit(_judge, static_argnames="nan")

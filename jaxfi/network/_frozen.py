@@ -16,19 +16,22 @@ import jax
 from jax.extend import core
 
 from jaxfi.faults._transforms import PyTree
-from jaxfi.network._rules import dtype_of, shape_of
+from jaxfi.network._rules import shape_of
 
 Array = jax.Array
 ApplyFn = Callable[[PyTree, Array], Array]
 
 _CONTEXT = jax.make_user_context()  # in the key of all of JAX's caches
-_ALLOWED = "allowed is one float array [batch, classes]"
+ALLOWED = (
+    "allowed is one float array [batch, classes], and in a campaign with criteria= any arrays "
+    "[batch, ...]"
+)
 
 
 class Frozen:
     """A function of parameters and images that does what `apply_fn` does when it is first called
-    with arrays of these shapes, and returns the array alone. Of a jitted function, it is what was
-    jitted, so that donated or sharded arguments play no part.
+    with arrays of these shapes, and returns the array alone, or of several all in a tuple. Of a
+    jitted function, it is what was jitted, so that donated or sharded arguments play no part.
 
     Raises TypeError for what cannot be traced. When first called, it raises TypeError for outputs
     that are no arrays, and ValueError for a network that is spread over several devices, or closes
@@ -46,7 +49,7 @@ class Frozen:
         is_jitted = hasattr(apply_fn, "lower") and hasattr(apply_fn, "__wrapped__")
         function = apply_fn.__wrapped__ if is_jitted else apply_fn  # type: ignore[attr-defined]
         self._function = function
-        self._traced: dict[Any, core.ClosedJaxpr] = {}
+        self._traced: dict[Any, tuple[core.ClosedJaxpr, Any]] = {}
 
     def __call__(self, params: PyTree, images: Any) -> Any:
         outputs = core.jaxpr_as_fun(self.traced(params, images))(*jax.tree.leaves((params, images)))
@@ -54,6 +57,15 @@ class Frozen:
 
     def traced(self, params: PyTree, images: Any) -> core.ClosedJaxpr:
         """What runs for arrays like these, or shapes: a jaxpr of all leaves and the images."""
+        return self._trace(params, images)[0]
+
+    def outputs(self, params: PyTree, images: Any) -> Any:
+        """Shapes of what is returned, as `apply_fn` arranges it; of a dataclass that JAX does not
+        know, a dict."""
+        jaxpr, tree = self._trace(params, images)
+        return jax.tree.unflatten(tree, map(_shape, jaxpr.out_avals))
+
+    def _trace(self, params: PyTree, images: Any) -> tuple[core.ClosedJaxpr, Any]:
         shapes = jax.tree.map(_shape, (params, images))
         leaves, tree = jax.tree.flatten(shapes)
         key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -74,18 +86,21 @@ def _shape(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, weak_type=weak)
 
 
-def _trace(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> core.ClosedJaxpr:
+def _trace(apply_fn: ApplyFn, params: PyTree, images: Any) -> tuple[core.ClosedJaxpr, Any]:
+    """The jaxpr, and how its outputs are arranged."""
     others: list[str] = []
+    trees: list[Any] = []
 
     def arrays(*given: Any) -> list:
-        leaves = _leaves(apply_fn(*given))
+        leaves, tree = jax.tree.flatten(_tree(apply_fn(*given)))
+        trees.append(tree)
         others.extend(type(leaf).__name__ for leaf in leaves if not hasattr(leaf, "shape"))
         return [leaf for leaf in leaves if hasattr(leaf, "shape")]
 
     with _CONTEXT(object()):
         traced = jax.make_jaxpr(arrays)(params, images)
     if others:
-        raise TypeError(f"apply_fn returned something of type {others[0]}: {_ALLOWED}")
+        raise TypeError(f"apply_fn returned something of type {others[0]}: {ALLOWED}")
     for name, what, allowed in _unknown(traced.jaxpr):
         raise ValueError(f"apply_fn holds a {name}, {what}: allowed are {allowed}")
     for name, num_devices in _spread(traced.jaxpr):
@@ -95,16 +110,16 @@ def _trace(apply_fn: ApplyFn, params: PyTree, images: jax.ShapeDtypeStruct) -> c
         )
     if any(isinstance(const, jax.Array) and const.is_deleted() for const in traced.consts):
         raise ValueError("apply_fn closes over an array that was deleted, as by a donation")
-    return traced
+    return traced, trees[-1]
 
 
-def _leaves(outputs: Any) -> list:
+def _tree(outputs: Any) -> Any:
     """What is in a container, registered with JAX or a dataclass."""
     leaves = jax.tree.leaves(outputs)
     if len(leaves) == 1 and dataclasses.is_dataclass(leaves[0]):
-        fields = [getattr(leaves[0], field.name) for field in dataclasses.fields(leaves[0])]
-        return jax.tree.leaves(fields)
-    return leaves
+        names = [field.name for field in dataclasses.fields(leaves[0])]
+        return {name: getattr(leaves[0], name) for name in names}
+    return outputs
 
 
 def _unknown(jaxpr: core.Jaxpr) -> Iterator[tuple[str, str, str]]:
@@ -142,14 +157,11 @@ def _spread(jaxpr: core.Jaxpr) -> Iterator[tuple[str, int]]:
 
 
 def check_output(jaxpr: core.Jaxpr, batch: int) -> None:
-    """Raises ValueError unless the output is [batch, classes] of a float dtype."""
+    """Raises ValueError unless the output is one array [batch, classes]."""
     found = [var.aval.str_short() for var in jaxpr.outvars]
     shape: tuple = shape_of(jaxpr.outvars[0]) if len(found) == 1 else ()
-    floating = len(found) == 1 and jax.numpy.issubdtype(
-        dtype_of(jaxpr.outvars[0]), jax.numpy.floating
-    )
-    if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or not floating:
+    if len(shape) != 2 or shape[0] != batch or shape[1] < 1:
         raise ValueError(
             f"apply_fn returned {', '.join(found) or 'nothing'} for a batch of {batch} images: "
-            f"{_ALLOWED}"
+            f"{ALLOWED}"
         )

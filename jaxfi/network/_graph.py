@@ -26,7 +26,7 @@ from jax.extend import core
 from jaxfi.faults._transforms import PyTree, leaf_paths
 from jaxfi.network._blocks import MATMULS, Blocks, blocked_dot, find_blocks, layer_dot, sum_length
 from jaxfi.network._equations import Value, bind, read, variables
-from jaxfi.network._frozen import ApplyFn, Array, Frozen, check_output, frozen
+from jaxfi.network._frozen import ALLOWED, ApplyFn, Array, Frozen, check_output, frozen
 from jaxfi.network._rounding import bind_rounded, rounded, to_be_rounded
 from jaxfi.network._rules import dtype_of, shape_of
 
@@ -96,7 +96,7 @@ def trace_network(
         stays one equation, so that what is differentiated later has them; unless it is where
         parameters meet the images.
 
-    Raises ValueError if the output is not [batch, classes] of a float dtype.
+    Raises ValueError if the output is not [batch, classes].
     """
     now = frozen(apply_fn)
     jaxpr, closed_over = _flat_jaxpr(now, params, images, keep_derivatives)
@@ -143,6 +143,16 @@ def digest(network: Network) -> str:
     for value in network.given.values():
         hashed.update(_bytes(value))
     hashed.update(repr((inputs, described(network.output), [*network.blocks.values()])).encode())
+    return hashed.hexdigest()
+
+
+def digest_of(closed: core.ClosedJaxpr) -> str:
+    """SHA-256 of what a traced function computes, with the constants that it closes over."""
+    hashed = hashlib.sha256(_ADDRESS.sub("", str(closed.jaxpr)).encode())
+    for equation in closed.jaxpr.eqns:
+        hashed.update("".join(_text(setting) for setting in equation.params.values()).encode())
+    for value in closed.consts:
+        hashed.update(_bytes(value))
     return hashed.hexdigest()
 
 
@@ -309,13 +319,16 @@ def _run_inlined(
 
 
 def num_classes(network: Network) -> int:
-    """Columns of the output; ValueError for one, of which argmax knows one class."""
+    """Columns of the output; ValueError for one, of which argmax knows one class, and for outputs
+    that are no floats."""
     output: Any = network.output.aval
+    if not jax.numpy.issubdtype(output.dtype, jax.numpy.floating):
+        raise ValueError(f"apply_fn returned {output.str_short()}: {ALLOWED}")
     if output.shape[1] == 1:
         raise ValueError(
             f"apply_fn returned {output.str_short()}, one column, whose argmax is always class 0: "
             "allowed are two or more, such as jnp.concatenate([1 - p, p], axis=1) of a probability "
-            "p, or [0, z] of a logit z"
+            "p, or [0, z] of a logit z; or criteria="
         )
     return output.shape[1]
 

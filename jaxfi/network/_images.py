@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfi.network._layout import Layout, is_tree, layout_of
+
 
 def held(name: str, array: Any) -> Any:
     """`array` itself; TypeError or ValueError naming it if this process has not all of it."""
@@ -35,6 +37,46 @@ def array_of(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name} are no array: {error}") from None
     _check(name, array, values)
     return array
+
+
+def packed(name: str, values: Any) -> tuple[np.ndarray, Layout | None]:
+    """Values [N, ...] on the host as one array, and of a tree of arrays how; raises as `array_of`,
+    and for leaves of unequal N."""
+    if not is_tree(values):
+        return _canonical(name, array_of(name, values)), None
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _canonical(part := _part(name, path), array_of(part, leaf)), values
+    )
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        raise ValueError(f"{name} hold no array: allowed are arrays [N, ...]")
+    layout = layout_of(name, tree, len(leaves[0]))
+    return layout.pack(tree), layout
+
+
+def _part(name: str, path: tuple) -> str:
+    return f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+
+
+def _canonical(name: str, array: np.ndarray) -> np.ndarray:
+    """As JAX would hold it."""
+    held_so = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    if array.dtype.kind in "iu" and (held_so != array).any():
+        raise ValueError(
+            f"{name} hold {array[held_so != array][0]}, which JAX cuts to 32 bits: set "
+            "jax_enable_x64, or cast them"
+        )
+    return held_so
+
+
+def packed_shape(images: Any) -> tuple[jax.ShapeDtypeStruct, Layout | None]:
+    """Shape of what `packed` gives, of images or of what stands for them."""
+    if not is_tree(images):
+        return images_shape(images), None
+    shapes = jax.tree.map(images_shape, images)
+    leaves = jax.tree.leaves(shapes)
+    layout = layout_of("images", shapes, leaves[0].shape[0])
+    return jax.ShapeDtypeStruct((leaves[0].shape[0], layout.width), layout.dtype), layout
 
 
 def images_shape(images: Any) -> jax.ShapeDtypeStruct:

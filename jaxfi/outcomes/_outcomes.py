@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +60,8 @@ class Results(NamedTuple):
       correct: [F] int32, images whose faulty prediction is the label.
       pairs_correct: [F, N] bool, those images; None where only their number was kept.
       seen: of sampled pairs, the images: then arrays are [F, m], not [F, N].
+      criteria: by the campaign's own criteria, [F, N] bool each, whether the pair meets it.
+      labelled: whether there are labels, of which a prediction can be one.
     """
 
     outcomes: np.ndarray
@@ -65,12 +69,16 @@ class Results(NamedTuple):
     correct: np.ndarray
     pairs_correct: np.ndarray | None = None
     seen: Seen | None = None
+    criteria: Mapping[str, np.ndarray] = MappingProxyType({})
+    labelled: bool = True
 
     def of_faults(self, rows: Any) -> Results:
         """What came of the faults at `rows`: a slice, a mask or [k] integers."""
         pairs = None if self.pairs_correct is None else self.pairs_correct[rows]
         seen = None if self.seen is None else self.seen.of_faults(rows)
-        return Results(self.outcomes[rows], self.due[rows], self.correct[rows], pairs, seen)
+        criteria = {name: met[rows] for name, met in self.criteria.items()}
+        parts = self.outcomes[rows], self.due[rows], self.correct[rows]
+        return Results(*parts, pairs, seen, criteria, self.labelled)
 
     def repeated(self, num_faults: int) -> Results:
         """The one fault's results, for as many faults."""
@@ -315,7 +323,9 @@ def estimate_sampled_difference(
 
 
 def rate_of(results: Results, rate: str, population: float, t: float) -> Estimate:
-    """One of `Rates`, of all pairs or of sampled ones."""
+    """One of `Rates`, or of a criterion, of all pairs or of sampled ones."""
+    if rate == "faulty_accuracy" and not results.labelled:
+        return Estimate(math.nan, math.nan, math.nan)
     seen, per_fault = results.seen, per_fault_shares(results, rate)
     if seen is None:
         return estimate_rate(per_fault, results.outcomes.shape[1], population, t)
@@ -438,6 +448,9 @@ def pairs_that_count(results: Results, rate: str) -> np.ndarray:
             return results.pairs_correct
         right = (results.seen.right == 1)[results.seen.images]
         return right & (results.outcomes != CRITICAL)
+    if rate in results.criteria:
+        return results.criteria[rate]
     if rate not in codes:
-        raise ValueError(f"unknown rate {rate!r}: allowed are {', '.join(Rates._fields)}")
+        allowed = ", ".join((*Rates._fields, *results.criteria))
+        raise ValueError(f"unknown rate {rate!r}: allowed are {allowed}")
     return results.outcomes == codes[rate]

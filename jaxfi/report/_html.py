@@ -27,6 +27,7 @@ from jaxfi.testset import DETECTS
 REPORT_FILE = "report.html"
 NUM_WORST = 20
 _CAMPAIGN_FILE, _CONFIG_FILE = "campaign.json", "config.json"
+_NOTHING = "–"
 _RATES = ("masked", "non_critical", "critical", "due", "faulty_accuracy")
 
 
@@ -112,13 +113,22 @@ def _rates(campaigns: Mapping[str, Campaign]) -> Iterator[str]:
     """The table of rates, what changed between networks, and the bars."""
     yield heading("Outcomes")
     rows = []
+    asked = list(dict.fromkeys(name for c in campaigns.values() for name in c.criteria))
     for name, campaign in campaigns.items():
-        rates = campaign.rates()
-        estimates = (_interval(getattr(rates, rate)) for rate in _RATES)
-        rows.append([name, f"{100 * campaign.clean_accuracy:.2f}", *estimates])
+        rates, clean = campaign.rates(), campaign.clean_accuracy
+        estimates = [_interval(getattr(rates, rate)) for rate in _RATES]
+        answers = [
+            _interval(campaign.rate(one)) if one in campaign.criteria else _NOTHING for one in asked
+        ]
+        known = f"{100 * clean:.2f}" if clean >= 0 else _NOTHING
+        rows.append([name, known, *estimates, *answers])
     headings = ["Network", "Clean accuracy", "Masked", "Not critical", "Critical", "DUE"]
     caption = "Percent of all (fault, image) pairs; below, the 99 % interval."
-    yield table([*headings, "Faulty accuracy"], rows, caption=caption)
+    if asked:
+        caption += (
+            f" Of the campaign's own criteria ({', '.join(asked)}), the pairs that meet them."
+        )
+    yield table([*headings, "Faulty accuracy", *asked], rows, caption=caption)
     yield from _differences(campaigns)
     yield picture(
         outcome_shares({literal(name): campaign for name, campaign in campaigns.items()}),
@@ -234,6 +244,8 @@ def _provenance(campaigns: Mapping[str, Campaign], config: Mapping[str, Any]) ->
 
 def _interval(estimate: Estimate) -> str:
     value, low, high = (100 * fraction for fraction in estimate)
+    if value != value:  # NaN: there are no labels
+        return _NOTHING
     return f"{value:.2f}\n{low:.2f}–{high:.2f}"
 
 

@@ -49,7 +49,7 @@ def test_leaf_that_is_not_read_is_unreached():
         (two_layers, {"batch_size": 0}, ValueError, "batch_size 0 is out of range"),
         (two_layers, {"batch_size": 2.5}, TypeError, "batch_size"),
         (two_layers, {"faults": "of others"}, ValueError, "the fault list is for other parameters"),
-        (lambda p, x: two_layers(p, x)[0], {}, ValueError, "allowed is one float array"),
+        (lambda p, x: two_layers(p, x)[0], {}, ValueError, "allowed are arrays whose first axis"),
         (two_layers, {"precision": "tf32"}, ValueError, "unknown precision 'tf32'"),
     ],
 )

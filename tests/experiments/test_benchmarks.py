@@ -11,7 +11,7 @@ import pytest
 import torch
 from absl import flags
 
-from experiments.benchmarks import campaign_plan, dealing, engine, sides, time_shares
+from experiments.benchmarks import campaign_plan, dealing, engine, sides, small, time_shares
 from jaxfi.engine import LeafCost
 from jaxfi.faults import FaultList
 from tests.torch_models import TORCH_MODELS
@@ -162,3 +162,21 @@ def test_spreading_over_devices_is_that_of_a_hand_count() -> None:
     # Dealt: 5; 3, then 4 more; the last to whoever is free first, which is the first.
     assert campaign_plan.until_the_last([5, 3, 4, 1], num_devices=2) == 7
     assert campaign_plan.unevenness([5, 3, 4, 1], num_devices=2) == 7 / 6.5
+
+
+def test_small_campaigns_are_timed_in_turns(tmp_path):
+    out = tmp_path / "new" / "small.json"
+    values = flags.FlagValues()
+    small.define_flags(values)
+    values(["small", "--cases=recurrent, 100 x 100", "--rounds=1", f"--out={out}"])
+    result = small.run_from_flags(values)
+    assert json.loads(out.read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    (found,) = result["cases"].values()
+    assert {name: len(times) for name, times in found["seconds"].items()} == {
+        "fast": 1, "reference": 1
+    }  # fmt: skip
+    assert found["said"] > 0
+    assert 0 < found["took"] <= found["seconds"]["fast"][0]
+    assert "| recurrent, 100 × 100 |" in small.table(result)
+    with pytest.raises(ValueError, match="--cases names 'none'; allowed: nnx_cnn, 600 x 100;"):
+        small.measure(["none"], 1)
