@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from jaxfi import campaign, criteria, data, engine, faults, network, outcomes
+from jaxfi import campaign, criteria, data, engine, faults, network, outcomes, patterns
 from jaxfi.campaign import (
     AdaptiveCampaign,
     Campaign,
@@ -96,6 +96,7 @@ __all__ = [
     "neuron_outputs",
     "outcomes",
     "paired_difference",
+    "patterns",
     "quantize",
     "run_campaign",
     "run_sequential",

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxfi.campaign._counts import CampaignCounts, by_element
 from jaxfi.campaign._result import Campaign, load_campaign
+from jaxfi.faults import FaultGroups
 from jaxfi.outcomes._outcomes import Rates, per_fault_shares
 
 
@@ -21,7 +22,7 @@ def criticality(
 
     Args:
       campaign: a campaign, or the directory that it finished in.
-      rate: "masked", "non_critical", "critical", "due" or "faulty_accuracy".
+      rate: "masked", "non_critical", "critical", "due", "faulty_accuracy", or a criterion.
       by_bit: one value for each bit of the stored word, not their mean over the injected ones.
 
     Returns:
@@ -38,9 +39,14 @@ def criticality(
     >>> criticality(found)["w"].tolist()
     [[0.5, 0.0], [nan, nan]]
     """
-    if rate not in Rates._fields:
-        raise ValueError(f"unknown rate {rate!r}: allowed are {', '.join(Rates._fields)}")
     known = campaign if isinstance(campaign, Campaign | CampaignCounts) else load_campaign(campaign)
+    allowed = (*Rates._fields, *getattr(known, "criteria", ()))
+    if rate not in allowed:
+        raise ValueError(f"unknown rate {rate!r}: allowed are {', '.join(allowed)}")
+    if isinstance(known.faults, FaultGroups):
+        raise ValueError(
+            "the campaign's experiments have several faults each: allowed are single faults"
+        )
     if isinstance(known, CampaignCounts):
         name = "correct" if rate == "faulty_accuracy" else rate
         counts, unit = getattr(known, name), known.num_images

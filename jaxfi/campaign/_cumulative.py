@@ -29,7 +29,7 @@ from jaxfi.engine._compilation import compiled, own_settings
 from jaxfi.engine._engines import whole_programs
 from jaxfi.engine._golden import network_function
 from jaxfi.engine._kept import kept
-from jaxfi.faults._list import FaultList
+from jaxfi.faults._list import FaultGroups, FaultList
 from jaxfi.faults._sampling import nth_key, sample_faults
 from jaxfi.faults._transforms import Fault, PyTree, inject
 from jaxfi.network._graph import ApplyFn, Network
@@ -148,6 +148,8 @@ def cumulative_accuracy(
     device = jax.local_devices()[0]
     for trial in trials:
         check_faults(trial, params, empty=True)
+        if isinstance(trial, FaultGroups):
+            raise TypeError("a trial is grouped: allowed are lists of single faults")
     with own_settings(), programs_kept(), jax.default_device(device):
         inputs = checked_inputs(apply_fn, params, images, labels, batch_size, device)
         network, programs = kept(inputs.network)

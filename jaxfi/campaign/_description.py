@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxfi.data._files import content_hash, damaged, read_npz
-from jaxfi.faults._list import FaultList, Stratum, typed_columns
+from jaxfi.faults._list import FaultGroups, FaultList, Stratum, typed_columns
 from jaxfi.faults._sampling import ExhaustiveFaults
 
 FORMAT = 1
@@ -22,6 +22,15 @@ CAMPAIGN_FILE = "campaign.json"
 LIST_COLUMNS = ("leaf", "element", "bit", "model", "value")
 _DTYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FAULTS_NAME = re.compile(r"faults-[0-9a-f]{32}\.npz")
+
+
+def list_arrays(faults: FaultList) -> dict[str, np.ndarray]:
+    """A fault list's columns by name; of experiments of several faults also the others'."""
+    columns = {name: getattr(faults, name) for name in LIST_COLUMNS}
+    if isinstance(faults, FaultGroups):
+        columns |= {f"other_{name}": getattr(faults.others, name) for name in LIST_COLUMNS}
+        columns["owner"] = faults.owner
+    return columns
 
 
 def describe(
@@ -43,6 +52,8 @@ def describe(
         "dtypes": faults.dtypes,
         "drawn_from": faults.drawn_from,
     }
+    if isinstance(faults, FaultGroups) and faults.possible is not None:
+        description["possible"] = faults.possible
     if keep != "outcomes":
         description["keep"] = keep
     if criteria:
@@ -135,6 +146,10 @@ def read_faults(
         columns = (arrays[column] for column in LIST_COLUMNS)
         drawn_from = _read_strata(description.get("drawn_from"))
         faults = FaultList(*_read_leaves(description), *columns, drawn_from=drawn_from)
+        if "owner" in arrays:
+            columns = (arrays[f"other_{column}"] for column in LIST_COLUMNS)
+            others = FaultList(*_read_leaves(description), *columns)
+            faults = FaultGroups.of(faults, others, arrays["owner"], description.get("possible"))
         faults.check()
         values = arrays["before"], arrays["after"]
         if any(v.shape != (len(faults),) or v.dtype != np.float64 for v in values):

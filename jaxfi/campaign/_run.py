@@ -44,7 +44,7 @@ from jaxfi.campaign._workers import (
 from jaxfi.engine._cache import programs_kept
 from jaxfi.engine._choice import chosen_plans, plan_text, seconds_to_compile
 from jaxfi.engine._compilation import own_settings
-from jaxfi.engine._engines import whole_programs
+from jaxfi.engine._engines import typical_plans, whole_programs
 from jaxfi.engine._explain import LeafCost, leaf_costs
 from jaxfi.engine._golden import Setup, golden_run, network_function
 from jaxfi.engine._kept import kept
@@ -91,7 +91,8 @@ def run_campaign(
       apply_fn: pure; maps `params` and images [batch, ...] to outputs [batch, classes]; with
         criteria to any tree of arrays [batch, ...].
       params: any pytree of float or integer arrays; faults go into these.
-      faults: F faults in `params`.
+      faults: F faults in `params`, or experiments of several faults together
+        (`FaultList.grouped`): then each is a row of the result.
       images: [N, ...], or a tree of such arrays (a dict, or a tuple of them): ids and mask.
       labels: [N] integers; None where nothing asks for them, accuracies are then NaN. Where
         criteria ask for other targets, a tree of arrays [N, ...].
@@ -156,7 +157,7 @@ def run_campaign(
         counts = faults.counts_by_leaf()
         leaves = np.flatnonzero(counts).tolist() if engine == "fast" else []
         plans = plan_leaves(network, leaves)
-        costs = leaf_costs(network, plans.values(), counts)
+        costs = leaf_costs(network, typical_plans(network, plans, faults), counts)
         own_batches, batch_size = batches, batches.shape[1]
         sample = order = None
         if images_per_fault is not None and images_per_fault < len(labels):

@@ -24,9 +24,9 @@ from jaxfi.campaign._chunks import Chunk
 from jaxfi.campaign._counts import Counts
 from jaxfi.campaign._description import (
     CAMPAIGN_FILE,
-    LIST_COLUMNS,
     check_same,
     describe,
+    list_arrays,
     read_description,
     read_faults,
 )
@@ -255,8 +255,7 @@ def open_store(
     with locked(directory / f"lock-{process_index:04d}"):
         content = None
         if values is not None:
-            columns = {name: getattr(faults, name) for name in LIST_COLUMNS}
-            content = to_npz({**columns, "before": values[0], "after": values[1]})
+            content = to_npz({**list_arrays(faults), "before": values[0], "after": values[1]})
         description = describe(fingerprint, faults, num_images, content, keep, criteria)
         if (directory / CAMPAIGN_FILE).exists():
             check_same(directory, read_description(directory), description)

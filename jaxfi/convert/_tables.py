@@ -21,7 +21,7 @@ from jaxfi.convert._layout import (
     torch_leaves,
     torch_name,
 )
-from jaxfi.faults._list import FaultList
+from jaxfi.faults._list import FaultGroups, FaultList
 from jaxfi.faults._sites import parse_index
 from jaxfi.faults._transforms import BIT_MODELS, FAULT_MODELS, word_bits
 
@@ -71,8 +71,9 @@ def read_fault_list(
       order: of TensorIndex: "torch", or "keras" for Keras's and Flax's, [*K, in, out].
       flattened, kinds: see `from_torch`.
 
-    Raises ValueError naming the first line that does not fit; several faults of one Injection,
-    which are faulty together and so no list of single faults, are refused too.
+    Returns single faults; where rows share an Injection, which are faulty together, experiments
+    (`FaultList.grouped`) in the order of the file. Raises ValueError naming the first line that
+    does not fit.
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}: allowed are {', '.join(ORDERS)}")
@@ -80,7 +81,11 @@ def read_fault_list(
         raise ValueError(f"fault model {model!r} names no bit: allowed are {', '.join(BIT_MODELS)}")
     layout = None if order == "keras" else layout_of(shapes_of(params), flattened, kinds)
     site = _site_parser(params, layout)
-    return FaultList.from_sites(_read_rows(path, _FAULT_COLUMNS, site), params, model=model)
+    rows = list(_read_rows(path, _FAULT_COLUMNS, site))
+    faults = FaultList.from_sites([place for _, place in rows], params, model=model)
+    places: dict[int, int] = {}
+    ids = [places.setdefault(injection, len(places)) for injection, _ in rows]
+    return faults if len(places) == len(rows) else faults.grouped(ids)
 
 
 def write_fault_list(
@@ -91,13 +96,18 @@ def write_fault_list(
     flattened: Mapping[str, int] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes what `read_fault_list` reads; `flat` writes TensorIndex as an integer.
+    """Writes what `read_fault_list` reads; `flat` writes TensorIndex as an integer. The faults of
+    an experiment (`FaultList.grouped`) share their Injection.
 
     Raises ValueError for faults without a bit or of several models, which the CSV cannot tell.
     """
-    _write_rows(
-        path, _FAULT_COLUMNS, _site_texts(faults, flat, _layout_of_list(faults, flattened, kinds))
-    )
+    numbers = np.arange(len(faults))
+    if isinstance(faults, FaultGroups):
+        numbers = np.concatenate([numbers, faults.owner])
+        order = np.argsort(numbers, kind="stable")
+        faults, numbers = (faults.first + faults.others)[order], numbers[order]
+    sites = _site_texts(faults, flat, _layout_of_list(faults, flattened, kinds))
+    _write_rows(path, _FAULT_COLUMNS, zip(numbers.tolist(), sites, strict=True))
 
 
 def read_results(
@@ -116,6 +126,11 @@ def read_results(
     faults = read_fault_list(
         path, params, model=model, order=order, flattened=flattened, kinds=kinds
     )
+    if isinstance(faults, FaultGroups):
+        raise ValueError(
+            f"{path}: rows share an Injection, whose counts would be several: allowed are results "
+            "of single faults"
+        )
     counts = _read_rows(path, _COUNT_COLUMNS, _counts)
     return ResultTable(faults, *np.array(list(counts), np.int64).reshape(-1, 4).T)
 
@@ -133,7 +148,7 @@ def write_results(
     layout = _layout_of_list(results.faults, flattened, kinds)
     sites = _site_texts(results.faults, flat, layout)
     rows = [(*site, *row) for site, row in zip(sites, counts, strict=True)]
-    _write_rows(path, _FAULT_COLUMNS + _COUNT_COLUMNS, rows)
+    _write_rows(path, _FAULT_COLUMNS + _COUNT_COLUMNS, enumerate(rows))
 
 
 def _read_rows(path: Path, columns: tuple[str, ...], parse: Callable) -> Iterator[Any]:
@@ -171,11 +186,11 @@ def _layout_of_list(
     return layout_of(dict(zip(faults.paths, faults.shapes, strict=True)), flattened, kinds)
 
 
-def _write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[tuple]) -> None:
+def _write_rows(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[int, tuple]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows((number, *row) for number, row in enumerate(rows))
+        writer.writerows((number, *row) for number, row in rows)
 
 
 def _site_parser(params: PyTree, layout: Layout | None) -> Callable:
@@ -187,16 +202,8 @@ def _site_parser(params: PyTree, layout: Layout | None) -> Callable:
     def positions(layer: str) -> np.ndarray:
         return _positions(leaves[layer][0], leaves[layer][1].shape, layout)
 
-    seen: set[int] = set()
-
-    def parse(injection: str, layer: str, index: str, bit: str) -> tuple[str, int, int]:
+    def parse(injection: str, layer: str, index: str, bit: str) -> tuple[int, tuple[str, int, int]]:
         number = _integer(injection)
-        if number in seen:
-            raise ValueError(
-                f"Injection {number} has several faults, which are faulty together: allowed is one "
-                "fault an Injection"
-            )
-        seen.add(number)
         if layer not in leaves:
             layer = layer.removeprefix("module.")
         if layer not in leaves:
@@ -206,7 +213,8 @@ def _site_parser(params: PyTree, layout: Layout | None) -> Callable:
         width = word_bits(leaf.dtype)
         if _integer(bit) >= width:
             raise ValueError(f"bit {bit} is outside a {leaf.dtype} word of {width} bits")
-        return path, _lookup(positions(layer), parse_index(_plain_index(index))), _integer(bit)
+        place = _lookup(positions(layer), parse_index(_plain_index(index)))
+        return number, (path, place, _integer(bit))
 
     return parse
 

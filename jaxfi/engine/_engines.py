@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,15 +22,17 @@ import numpy as np
 from jaxfi.engine._compilation import compiled
 from jaxfi.engine._golden import Setup
 from jaxfi.engine._packing import Group, Packer
-from jaxfi.engine._plan import slice_plan, undivided
+from jaxfi.engine._plan import LeafPlan, slice_plan, undivided
 from jaxfi.engine._programs import Golden, Programs, columns_key
 from jaxfi.engine._tally import Tally
-from jaxfi.faults._list import FaultList
+from jaxfi.faults._list import FaultGroups, FaultList
 from jaxfi.faults._transforms import FAULT_MODELS, Fault, PyTree, inject
-from jaxfi.network._graph import ApplyFn
+from jaxfi.network._graph import ApplyFn, Network
 from jaxfi.outcomes._outcomes import Results
 
 _NULL = FAULT_MODELS.index("null")
+_SEVERAL_LEAVES = "faults in several leaves together"
+_SEVERAL_CHANNELS = "faults in several channels together"
 
 
 Advance = Callable[[int], None]  # told how many (fault, image) pairs are done
@@ -84,28 +86,94 @@ def vmap_engine(setup: Setup, lanes: int = 8) -> Engine:
 
 def fast_engine(setup: Setup) -> Engine:
     """Columns, channel tail and packed suffix; each leaf's programs are compiled once."""
-    programs: dict[int, Programs] = {}
+    programs: dict[tuple[int, str], Programs] = {}
     shared = setup.programs
 
     def run(faults: FaultList, advance: Advance, picks: np.ndarray | None = None) -> Results:
         tally = Tally(setup, len(faults), picks)
-        for leaf in np.unique(faults.leaf):
-            rows = np.flatnonzero(faults.leaf == leaf)
+        for plan, rows in _planned(setup, faults):
+            key = plan.leaf, plan.reason
             before = next((p for p in programs.values() if p.holds_golden), None)
-            if leaf not in programs:
-                programs[leaf] = Programs(setup.network, setup.plans[leaf], shared)
-            programs[leaf].take_over(setup, before)
+            if key not in programs:
+                programs[key] = Programs(setup.network, plan, shared)
+            programs[key].take_over(setup, before)
             while True:
-                runner = _RUNNERS[programs[leaf].plan.method]
+                runner = _RUNNERS[programs[key].plan.method]
                 try:
-                    runner(setup, programs[leaf], faults[rows], rows, tally, advance)
+                    runner(setup, programs[key], faults[rows], rows, tally, advance)
                     break
                 except _MovesBits as found:
-                    programs[leaf] = _less_divided(programs[leaf], found)
+                    programs[key] = _less_divided(programs[key], found)
                     tally.forget(rows)
         return tally.results()
 
     return run
+
+
+def _planned(setup: Setup, faults: FaultList) -> Iterator[tuple[LeafPlan, np.ndarray]]:
+    """Of each leaf that has faults, its plan and their rows. Of experiments of several faults,
+    those in one channel ride in columns, those in one leaf go by slice, others re-run the network.
+    """
+    for leaf in np.unique(faults.leaf):
+        plan, rows = setup.plans[leaf], np.flatnonzero(faults.leaf == leaf)
+        if not isinstance(faults, FaultGroups):
+            yield plan, rows
+            continue
+        some = faults[rows]
+        spread = some.is_spread
+        apart = ~spread & _in_several_columns(setup.network, plan, some)
+        for here, of_these in (
+            (~spread & ~apart, plan),
+            (apart, _by_slice(setup, plan)),
+            (spread, dataclasses.replace(plan, method="whole", reason=_SEVERAL_LEAVES)),
+        ):
+            if here.any():
+                yield of_these, rows[here]
+
+
+def typical_plans(
+    network: Network, plans: Mapping[int, LeafPlan], faults: FaultList
+) -> list[LeafPlan]:
+    """The plan that most experiments of each leaf go by: what a campaign is priced by."""
+    if not isinstance(faults, FaultGroups):
+        return list(plans.values())
+    found = []
+    for leaf, plan in plans.items():
+        some = faults[np.flatnonzero(faults.leaf == leaf)]
+        if some.is_spread.mean() > 0.5:
+            plan = dataclasses.replace(plan, method="whole", reason=_SEVERAL_LEAVES)
+        elif _in_several_columns(network, plan, some).mean() > 0.5:
+            plan = slice_plan(network, leaf, _SEVERAL_CHANNELS)
+        found.append(plan)
+    return found
+
+
+def _in_several_columns(network: Network, plan: LeafPlan, faults: FaultGroups) -> np.ndarray:
+    """[E] bool: experiments in one leaf that do not fit in one column of its plan."""
+    several = np.zeros(len(faults), bool)
+    if plan.method != "columns":
+        return several
+    first, rest = (_column_of(network, plan, some) for some in (faults.first, faults.others))
+    differs = (first[faults.owner] != rest).any(axis=1)
+    several[faults.owner[differs]] = True
+    return several
+
+
+def _column_of(network: Network, plan: LeafPlan, faults: FaultList) -> np.ndarray:
+    """[F, 2] channel and block of faults; those of other leaves are taken as if in this one."""
+    shape = faults.shapes[plan.leaf]
+    place = np.unravel_index(faults.element % max(1, math.prod(shape)), shape)
+    block = np.zeros(len(faults), np.int64)
+    if plan.own is not None:
+        blocks = network.blocks[plan.own]
+        block, _ = blocks.place(place[blocks.weight_axis])
+    return np.stack([place[plan.axis], block], axis=1)
+
+
+def _by_slice(setup: Setup, plan: LeafPlan) -> LeafPlan:
+    if plan.method != "columns":
+        return plan
+    return slice_plan(setup.network, plan.leaf, _SEVERAL_CHANNELS)
 
 
 ENGINES: dict[str, Callable[[Setup], Engine]] = {
@@ -296,6 +364,8 @@ def _visible(
     dtype = jnp.dtype(faults.dtypes[plan.leaf])
     if gate is None or not jnp.issubdtype(dtype, jnp.floating):
         return everything
+    if isinstance(faults, FaultGroups):  # each alone may be invisible, and several not
+        return everything
     before, after = faults.values(setup.params)
     tame = np.abs(np.stack([before, after])) < float(jnp.finfo(dtype).max) / 2
     same = tame.all(axis=0) & (np.signbit(before) == np.signbit(after)) & (faults.model != _NULL)
@@ -315,18 +385,24 @@ def _groups(
     plan, own = programs.plan, programs.own
     host: Any = faults.on_host()
     size, shape = plan.num_columns, list(faults.shapes[plan.leaf])
+    # Of experiments of several faults, [n, K]; what fills them up is at place 0 of column 0.
     place = list(np.unravel_index(host.element, shape))
     channel, place[plan.axis] = place[plan.axis].astype(np.int32), np.zeros_like(host.element)
-    block = np.zeros(len(faults), np.int64)
+    block: Any = np.zeros(host.element.shape, np.int64)
     if own is not None:
         block, place[own.weight_axis] = own.place(place[own.weight_axis])
         shape[own.weight_axis] = own.length
     element = np.ravel_multi_index(place, shape).astype(np.int32)  # in column 0
+    if element.ndim > 1:  # all of an experiment are where its first one is
+        channel, block = channel[:, 0], block[:, 0]
     in_column = np.arange(size, dtype=np.int32) * math.prod(shape[plan.axis + 1 :])
     null = faults.model == _NULL
 
+    in_column = in_column.reshape(-1, *[1] * (element.ndim - 1))
+
     def filled(values: np.ndarray, fill: int = 0) -> np.ndarray:
-        return np.concatenate([values, np.full(size - len(values), fill, values.dtype)])
+        rest = np.full((size - len(values), *values.shape[1:]), fill, values.dtype)
+        return np.concatenate([values, rest])
 
     order = np.lexsort((visible, channel, visible > 0, block))
     ends = np.flatnonzero(np.diff(block[order])) + 1

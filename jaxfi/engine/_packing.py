@@ -21,7 +21,8 @@ class Group(NamedTuple):
       null: [C] bool, null faults.
       block: of the leaf's own layer, 0 where that is not blocked.
       channel: [C] the channel that each column holds.
-      element, keep, flip: [C] the faults, in the leaf of columns.
+      element, keep, flip: [C] the faults, in the leaf of columns; [C, K] where several are
+        together.
     """
 
     rows: np.ndarray

@@ -389,6 +389,8 @@ def _faulty_columns(leaf, block, channel, element, keep, flip, how: tuple) -> ja
     if own is not None:
         leaf = block_of(leaf, own.weight_axis, own, block)
     columns = jnp.take(leaf, channel, axis=axis, mode="clip")
+    if element.ndim > 1:  # several in each column
+        return corrupt(columns, *(array.reshape(-1) for array in (element, keep, flip)))
     return corrupt_distinct(columns, element, keep, flip)  # one in each column
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jaxfi.faults._bit_effects import BitEffect, bit_effects, stored_weights
 from jaxfi.faults._layers import layer_of
-from jaxfi.faults._list import FaultList, Stratum
+from jaxfi.faults._list import FaultGroups, FaultList, Stratum
 from jaxfi.faults._sampling import (
     STUCK_AT,
     exhaustive_faults,
@@ -34,6 +34,7 @@ __all__ = [
     "STUCK_AT",
     "BitEffect",
     "Fault",
+    "FaultGroups",
     "FaultList",
     "PyTree",
     "Stratum",

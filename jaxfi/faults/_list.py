@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import html
 import io
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -108,6 +110,33 @@ class FaultList:
 
     def __len__(self) -> int:
         return len(self.leaf)
+
+    def grouped(self, ids: Any) -> FaultGroups:
+        """Experiments of several faults each, which are faulty together.
+
+        Args:
+          ids: [F] integers or texts, the experiment of each fault. Several faults of one element
+            all change it, in the order of the list.
+
+        Returns the experiments in the order of their ids: a campaign on them has one row for each.
+        Raises ValueError for another number of ids, or a list that is grouped already.
+
+        >>> params = {"w": np.ones((2, 3), np.float32)}
+        >>> faults = FaultList.from_sites([("w", 0, 30), ("w", 5, 1), ("w", 1, 2)], params)
+        >>> len(faults.grouped([7, 7, 9]))
+        2
+        """
+        given = np.asarray(ids)
+        if given.shape != (len(self),) or given.dtype.kind not in "iuUS":
+            raise ValueError(
+                f"ids are {given.dtype} {given.shape}: allowed is an integer or a text for each of "
+                f"the {len(self)} faults"
+            )
+        _, number = np.unique(given, return_inverse=True)
+        order = np.argsort(number, kind="stable")
+        first = np.diff(number[order], prepend=-1) > 0
+        others = order[~first]
+        return FaultGroups.of(self[order[first]], self[others], number[others])
 
     def counts_by_leaf(self) -> np.ndarray:
         """How many faults each leaf has, one int64 a leaf."""
@@ -394,6 +423,171 @@ class FaultList:
                 raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FaultGroups(FaultList):
+    """E experiments, each of one fault or more that are faulty together. `FaultList.grouped`.
+
+    As a list it is one of E rows, of each experiment's first fault: by that one an experiment is
+    counted with a leaf, a bit and a model.
+
+    Attributes:
+      others: the faults behind the first, experiment by experiment.
+      owner: [K] int64, the experiment of each of them, rising.
+      possible: experiments that these are a sample of; None where that is not known.
+    """
+
+    others: FaultList = dataclasses.field(kw_only=True)
+    owner: np.ndarray = dataclasses.field(kw_only=True)
+    possible: int | None = dataclasses.field(default=None, kw_only=True)
+
+    @classmethod
+    def of(
+        cls, first: FaultList, others: FaultList, owner: np.ndarray, possible: int | None = None
+    ) -> FaultGroups:
+        """Experiments of these first faults and others; see the attributes."""
+        parts: dict[str, Any] = {
+            **dict(zip(("paths", "shapes", "dtypes"), first._leaves(), strict=True)),
+            **{name: getattr(first, name) for name in _COLUMNS},
+            **{"others": others, "owner": np.asarray(owner, np.int64), "possible": possible},
+        }
+        return cls(**parts)
+
+    @property
+    def first(self) -> FaultList:
+        """The first fault of each experiment."""
+        return FaultList(*self._leaves(), *(getattr(self, name) for name in _COLUMNS))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[E] faults of each experiment."""
+        return 1 + np.bincount(self.owner, minlength=len(self))
+
+    @property
+    def is_spread(self) -> np.ndarray:
+        """[E] bool: the experiment's faults are in several leaves."""
+        spread = np.zeros(len(self), bool)
+        spread[self.owner[self.others.leaf != self.leaf[self.owner]]] = True
+        return spread
+
+    def grouped(self, ids: Any) -> FaultGroups:
+        raise ValueError("the list is grouped already: allowed is to group single faults")
+
+    def __getitem__(self, rows: Any) -> FaultGroups:
+        rows = np.atleast_1d(np.arange(len(self))[rows])
+        start, stop = (np.searchsorted(self.owner, rows, side=side) for side in ("left", "right"))
+        owner = np.repeat(np.arange(len(rows)), stop - start)
+        before = np.repeat(np.cumsum(stop - start) - (stop - start), stop - start)
+        chosen = np.repeat(start, stop - start) + np.arange(len(owner)) - before
+        return FaultGroups.of(self.first[rows], self.others[chosen], owner)
+
+    def __add__(self, other: FaultList) -> FaultGroups:
+        return _joined(self, other)
+
+    def __radd__(self, other: FaultList) -> FaultGroups:
+        return _joined(other, self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FaultGroups):
+            return False if isinstance(other, FaultList) else NotImplemented
+        same = self.first == other.first and self.others == other.others
+        return same and np.array_equal(self.owner, other.owner)
+
+    def nulls(self, elements: np.ndarray) -> FaultList:
+        return self.first.nulls(elements)
+
+    def population_of(
+        self, leaves: Sequence[int] | np.ndarray | None = None, bit: int | None = None
+    ) -> int:
+        """Possible experiments; where that is not known, or of a part, more than any list has."""
+        whole = leaves is None and bit is None
+        return self.possible if whole and self.possible is not None else 2**62
+
+    def on_host(self) -> Fault:
+        """[E, K] arrays; an experiment of fewer faults is filled up with some of no leaf, which do
+        nothing. K is a power of two, so that few programs are compiled."""
+        first, more = self.first.on_host(), self.others.on_host()
+        most = int(self.sizes.max(initial=1))
+        width = 1 << (most - 1).bit_length()
+        place = np.arange(len(self.owner)) - np.searchsorted(self.owner, self.owner) + 1
+        nothing = (-1, 0, np.iinfo(first.keep.dtype).max, 0)
+        filled: list[Any] = []
+        for column, rest, fill in zip(first, more, nothing, strict=True):
+            array = np.full((len(self), width), fill, column.dtype)
+            array[:, 0], array[self.owner, place] = column, rest
+            filled.append(array)
+        return Fault(*filled)
+
+    def fault(self, row: int) -> Fault:
+        """The experiment in `row`, its faults as [k] arrays for `inject`."""
+        (row,) = np.atleast_1d(np.arange(len(self))[row])
+        both = self.first[row] + self.others[self.owner == row]
+        return both.batch()
+
+    def words(self, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
+        """Of each experiment's first fault."""
+        return self.first.words(params)
+
+    def activated(self, params: PyTree) -> np.ndarray:
+        """[E] bool: the faults together change a stored word."""
+        changed = np.zeros(len(self), bool)
+        together = np.concatenate([np.arange(len(self)), self.owner])
+        both = self.first + self.others
+        before, _ = both.words(params)
+        keep, flip = both.masks()
+        after: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+        order = np.argsort(together, kind="stable")
+        places = zip(together[order].tolist(), both.leaf[order].tolist(),
+                     both.element[order].tolist(), order.tolist(), strict=True)  # fmt: skip
+        for experiment, leaf, element, row in places:
+            place = experiment, leaf, element
+            word, start = after.get(place, (before[row], before[row]))
+            after[place] = (word & keep[row]) ^ flip[row], start
+        for (experiment, *_), (word, start) in after.items():
+            changed[experiment] |= bool(word != start)
+        return changed
+
+    def validate(self, params: PyTree) -> None:
+        self.first.validate(params)
+        self.others.validate(params)
+
+    def check(self) -> None:
+        self.first.check()
+        self.others.check()
+        known = len(self.owner) == len(self.others) and (np.diff(self.owner) >= 0).all()
+        if not known or not ((self.owner >= 0) & (self.owner < len(self))).all():
+            raise ValueError("its groups are of no experiment")
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        raise ValueError(
+            "experiments of several faults have no CSV of single ones: keep them in a campaign's "
+            "workdir, or use jaxfi.convert.write_fault_list"
+        )
+
+    def _lines(self) -> list[str]:
+        """Sizes, and what their first faults are."""
+        sizes = self.sizes
+        many = f"{sizes.min(initial=1)} to {sizes.max(initial=1):,}"
+        _, *first, _ = self.first._lines()
+        return [
+            f"FaultGroups: {len(self):,} experiments of {many} faults, "
+            f"{len(self) + len(self.owner):,} together; their first faults:",
+            *first,
+            "  go on: [rows], +, jaxfi.run_campaign",
+        ]
+
+
+def _joined(one: FaultList, two: FaultList) -> FaultGroups:
+    """Experiments of both lists, of which one has groups."""
+    first = [some.first if isinstance(some, FaultGroups) else some for some in (one, two)]
+    others, owner = [first[0][:0]], [np.zeros(0, np.int64)]
+    for some, offset in ((one, 0), (two, len(one))):
+        if isinstance(some, FaultGroups):
+            others.append(some.others)
+            owner.append(some.owner + offset)
+    more = functools.reduce(operator.add, others)
+    return FaultGroups.of(first[0] + first[1], more, np.concatenate(owner))
 
 
 def typed_columns(leaf: Any, element: Any, bit: Any, model: Any, value: Any) -> list[np.ndarray]:

@@ -311,11 +311,15 @@ def test_kerass_order(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("numbers", [(0, 0, 1), (3, 4, 3)])
-def test_groups_are_refused(numbers, tmp_path) -> None:
-    rows = "".join(f'{number},c,"(1, 0, 2, {n})",30\n' for n, number in enumerate(numbers))
-    (tmp_path / "f.csv").write_text(HEADER + rows)
-    with pytest.raises(ValueError, match=rf"Injection {numbers[0]} has several faults"):
-        read_fault_list(tmp_path / "f.csv", PARAMS)
+def test_rows_of_one_injection_are_faulty_together(numbers, tmp_path) -> None:
+    rows = [f'{number},c,"(1, 0, 2, {n})",30' for n, number in enumerate(numbers)]
+    (tmp_path / "f.csv").write_text(HEADER + "\n".join(rows))
+    groups = read_fault_list(tmp_path / "f.csv", PARAMS)
+    assert groups.sizes.tolist() == [2, 1]
+    alone = HEADER.strip() + ",n_injections,masked,non_critical,critical\n"
+    (tmp_path / "r.csv").write_text(alone + "\n".join(f"{row},1,1,0,0" for row in rows))
+    with pytest.raises(ValueError, match="rows share an Injection"):
+        read_results(tmp_path / "r.csv", PARAMS)
 
 
 def test_a_state_of_tensors_of_any_kind() -> None:
