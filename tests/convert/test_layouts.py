@@ -12,7 +12,7 @@ import torch
 from flax import linen as nn
 from safetensors.numpy import save_file
 
-from jaxfi.convert import from_torch, load_state, read_fault_list, to_torch
+from jaxfi.convert import from_torch, load_state, read_fault_list, read_results, to_torch
 from jaxfi.models import MODELS
 
 RANDOM = np.random.default_rng(0)
