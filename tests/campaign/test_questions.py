@@ -74,7 +74,13 @@ def mispredicts(golden: jax.Array, faulty: jax.Array, targets: jax.Array) -> jax
 ASKED = {"sdc2": criteria.top_k(2), "sdc10": criteria.confidence_drop(0.1), "wrong": mispredicts}
 
 
-@pytest.mark.parametrize("make", [models.linen_cnn, models.vision_transformer, models.recurrent])
+@pytest.mark.parametrize(
+    "make",
+    [
+        models.linen_cnn, models.recurrent,
+        pytest.param(models.vision_transformer, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_engines_answer_as_one_by_one(make: Callable) -> None:
     apply_fn, params, shape = make()
     images, labels = images_like(shape), labels_of()

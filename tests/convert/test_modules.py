@@ -146,7 +146,12 @@ def test_several_inputs_and_outputs() -> None:
     [
         (Cnn, images_like(3, 8, 8), None),
         (Lstm, images_like(4, 6), None),
-        (Attention, attention_inputs(), {"sdc1": criteria.on("logits", criteria.argmax)}),
+        pytest.param(
+            Attention,
+            attention_inputs(),
+            {"sdc1": criteria.on("logits", criteria.argmax)},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["cnn", "lstm", "attention"],
 )
