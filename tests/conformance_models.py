@@ -98,6 +98,22 @@ def wide_channels_first() -> Model:
     return apply_fn, params, (2, 16, 16)
 
 
+def wide_rows() -> Model:
+    """Dense layers as PyTorch has them, weights [out, in], behind a flattened image."""
+    params = {"conv": normal(0, 3, 3, 2, 32), "a": normal(1, 64, 32 * 36, scale=0.03),
+              "b": normal(2, CLASSES, 64)}  # fmt: skip
+
+    def linear(x, weights):
+        return jax.lax.dot_general(x, weights, (((1,), (1,)), ((), ())))
+
+    def apply_fn(p, x):
+        x = jax.nn.relu(conv(x, p["conv"]))
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # channels first
+        return linear(jax.nn.relu(linear(x, p["a"])), p["b"])
+
+    return apply_fn, params, (6, 6, 2)
+
+
 def wide_twice() -> Model:
     """Wide weights that two layers use, and a wide layer's input that the sum behind it reads."""
     params = {"in": dense_layer(0, 6, 1024), "tied": normal(2, 1024, 1024),
@@ -391,7 +407,7 @@ def spectral() -> Model:
     return lambda p, x: jnp.abs(jnp.fft.fft(x @ p["a"])) @ p["c"], params, (5,)
 
 
-TINY = (plain_mlp, plain_conv, wide_layers, wide_channels_first, wide_twice,
+TINY = (plain_mlp, plain_conv, wide_layers, wide_channels_first, wide_rows, wide_twice,
         wide_convolutions, wide_convolutions_channels_first, linen_cnn, nnx_cnn,
         equinox_cnn, haiku_cnn, depthwise_separable,
         dense_concatenation, squeeze_and_excite, vision_transformer, recurrent, shared_leaf,

@@ -276,7 +276,8 @@ def _plan_columns(network: Network, leaf: int, axis: int) -> LeafPlan:
 def _find_own(
     network: Network, source: core.Var, axis: int, steps: Sequence[Step]
 ) -> core.Var | None:
-    """The result of the blocked dense layer whose weights the leaf is, [K, N], N in columns.
+    """The result of the blocked dense layer whose weights the leaf is, [K, N] or [N, K], N in
+    columns.
 
     Not of a convolution: it has a few blocks, each of which would need a group of columns.
     """
@@ -285,7 +286,8 @@ def _find_own(
     if not steps or len(readers) != 1 or result not in network.blocks:
         return None
     is_own = steps[0].equation is readers[0] and steps[0].columns == (False, True)
-    return result if is_own and axis == 1 and len(shape_of(source)) == 2 else None
+    other = 1 - network.blocks[result].weight_axis
+    return result if is_own and axis == other and len(shape_of(source)) == 2 else None
 
 
 def _find_ahead(

@@ -28,7 +28,8 @@ MATMULS = ("conv_general_dilated", "dot_general")
 _LEAST_INPUTS = {"dot_general": 1024, "conv_general_dilated": 2048}
 _LEAST_BLOCK = {"dot_general": 256, "conv_general_dilated": 512}
 _MOST_BLOCKS = {"dot_general": math.inf, "conv_general_dilated": 4}
-_PLAIN = (((1,), (0,)), ((), ()))  # [B, K] x [K, N]
+# [B, K] x [K, N], and PyTorch's [B, K] x [N, K]: the weights' axis that is summed over.
+_SUMMED = {(((1,), (0,)), ((), ())): 0, (((1,), (1,)), ((), ())): 1}
 
 
 class Blocks(NamedTuple):
@@ -268,14 +269,17 @@ def _dense_blocks(
     flattened: Mapping[core.Var, Any],
 ) -> Blocks | None:
     x, weights = equation.invars
-    plain = equation.params["dimension_numbers"] == _PLAIN
-    if not plain or (len(shape_of(x)), len(shape_of(weights))) != (2, 2):
+    summed = _SUMMED.get(equation.params["dimension_numbers"])
+    if summed is None or (len(shape_of(x)), len(shape_of(weights))) != (2, 2):
         return None
     source: Any = flattened.get(x, x) if isinstance(x, core.Var) else x
     axis, shape = channel_axis.get(source, 0), shape_of(source)
     if source is x or axis < 1 or batch_axis.get(source) != 0:
-        return _split(equation, 1, shape_of(x)[1], 1)
-    return _split(equation, math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+        apart = 1, shape_of(x)[1], 1
+    else:
+        apart = math.prod(shape[1:axis]), shape[axis], math.prod(shape[axis + 1 :])
+    blocks = _split(equation, *apart)
+    return None if blocks is None else blocks._replace(weight_axis=summed)
 
 
 def _convolution_blocks(equation: core.JaxprEqn) -> Blocks | None:
