@@ -761,7 +761,7 @@ WRITER = """
     t.write_all(directory / "warm")  # imports what pyarrow imports at its first write
     began = time.monotonic()
     t.write_all(directory / "undisturbed", size=1)
-    longest_life = (time.monotonic() - began) / 8
+    longest_life = (time.monotonic() - began) / 3
     directory, progress = directory / "killed", []
     for death in range(30):
         child = os.fork()

@@ -62,7 +62,11 @@ def test_a_slow_compiler_asks_for_more_faults() -> None:
 
 
 @pytest.mark.as_users_run
-@pytest.mark.parametrize("model", [plain_conv, vision_transformer], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model",
+    [plain_conv, pytest.param(vision_transformer, marks=pytest.mark.slow)],
+    ids=lambda m: m.__name__,
+)
 def test_the_outcomes_do_not_depend_on_it(model, monkeypatch) -> None:
     apply_fn, params, shape = model()
     faults = faults_in_every_leaf(params)

@@ -191,7 +191,13 @@ def test_position_dependent_columns_are_exact(model) -> None:
 
 
 @pytest.mark.parametrize("kept", ["own", "ahead", "slice", "whole"])
-@pytest.mark.parametrize("model", [wide_twice, wide_convolutions], ids=["dense", "convolutions"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(wide_twice, id="dense"),
+        pytest.param(wide_convolutions, id="convolutions", marks=pytest.mark.slow),
+    ],
+)
 def test_each_plan_that_a_moved_bit_leads_to_is_exact(model, kept, monkeypatch) -> None:
     """As on a backend whose parts of a layer round otherwise than the layer."""
     apply_fn, params, shape = model()

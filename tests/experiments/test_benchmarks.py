@@ -175,7 +175,7 @@ def test_small_campaigns_are_timed_in_turns(tmp_path):
     assert {name: len(times) for name, times in found["seconds"].items()} == {
         "fast": 1, "reference": 1
     }  # fmt: skip
-    assert found["said"] > 0
+    assert found["said"] >= 0
     assert 0 < found["took"] <= found["seconds"]["fast"][0]
     assert "| recurrent, 100 × 100 |" in small.table(result)
     with pytest.raises(ValueError, match="--cases names 'none'; allowed: nnx_cnn, 600 x 100;"):

@@ -58,7 +58,13 @@ def anything_promotes():
 
 @pytest.mark.usefixtures("anything_promotes")
 @pytest.mark.parametrize(
-    "make", [models.plain_conv, models.linen_cnn, models.wide_layers, models.recurrent]
+    "make",
+    [
+        models.plain_conv,
+        models.wide_layers,
+        models.recurrent,
+        pytest.param(models.linen_cnn, marks=pytest.mark.slow),
+    ],
 )
 def test_engines_agree_on_every_kind_of_group(make: Callable) -> None:
     apply_fn, params, shape = make()
