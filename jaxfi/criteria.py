@@ -4,8 +4,9 @@ A criterion is a pure function `fn(golden, faulty, targets) -> [batch] bool`: wh
 outputs of a network meet it, each image by itself. Outputs are as the network returns them, but
 that one array in a container comes alone; targets are what `run_campaign` was given as labels.
 
-Those here are met by a changed output that holds NaN where they look, and never by an output that
-is golden's to the bit. `on` asks one of a network's several outputs.
+Those here are met by a changed output that holds NaN where they look (`boxes_iou` looks at what is
+detected), and never by an output that is golden's to the bit. `on` asks one of a network's several
+outputs.
 
 Sources: SDC-1, SDC-5, SDC-10 %, SDC-20 %: Li, Hari, Sullivan et al., *Understanding error
 propagation in deep learning neural network (DNN) accelerators and applications*, SC 2017. Relative
@@ -48,7 +49,7 @@ def on(name: str | int, criterion: Criterion) -> Criterion:
     """The criterion asked of one of several outputs: `on("logits", top_k(5))`.
 
     Args:
-      name: a key of a dict, a field's name, or a position in a tuple.
+      name: a key of a dict, a field's name, or a position in a tuple; of what is nested, "a/b".
       criterion: of that output.
 
     >>> golden = {"logits": jnp.array([[0.0, 1.0]]), "features": jnp.zeros((1, 9))}
@@ -86,10 +87,11 @@ def top_k(k: int) -> Criterion:
             raise ValueError(
                 f"top_k({k}) of {golden.shape[1]} classes is never met: allowed is k below that"
             )
-        first = jnp.argmax(faulty, axis=1)
+        first = jnp.argmax(faulty, axis=1)  # NaN is the largest, in golden too
         value = jnp.take_along_axis(golden, first[:, None], axis=1)
         before = jnp.arange(golden.shape[1])[None] < first[:, None]
-        ahead = jnp.sum((golden > value) | ((golden == value) & before), axis=1)
+        larger = (golden > value) | (_is_nan(golden) & ~_is_nan(value))
+        ahead = jnp.sum(larger | (~_differs(golden, value) & before), axis=1)
         return _changed_to_nan(golden, faulty) | ((ahead >= k) & _changed(golden, faulty))
 
     return asked
@@ -125,13 +127,13 @@ def relative_error(x: float) -> Criterion:
     [False, True]
     """
     _check("x", x, x >= 0, "fractions from 0")
-    return _any_moves(lambda golden: x * jnp.abs(golden))
+    return _any_moves("relative_error", lambda golden: x * jnp.abs(golden))
 
 
 def absolute_error(x: float) -> Criterion:
     """Any output [batch, ...] moves by more than `x`, in its own unit."""
     _check("x", x, x >= 0, "numbers from 0")
-    return _any_moves(lambda golden: x)
+    return _any_moves("absolute_error", lambda golden: x)
 
 
 def threshold(x: float) -> Criterion:
@@ -140,7 +142,14 @@ def threshold(x: float) -> Criterion:
     _check("x", x, not math.isnan(x), "numbers")
 
     def asked(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
-        return _changed_to_nan(golden, faulty) | _any((golden > x) != (faulty > x))
+        _check_rank(golden, (1, 2), "threshold", "[batch] or [batch, n]")
+        limit: Any = x
+        if jnp.issubdtype(golden.dtype, jnp.integer):  # as integers: floats are too coarse
+            ends = jnp.iinfo(golden.dtype)
+            if not ends.min <= x < ends.max:
+                return jnp.zeros(len(golden), bool)
+            limit = jnp.asarray(math.floor(x), golden.dtype)
+        return _changed_to_nan(golden, faulty) | _any((golden > limit) != (faulty > limit))
 
     return asked
 
@@ -155,9 +164,9 @@ def segmentation_iou(x: float) -> Criterion:
     _check("x", x, 0 < x <= 1, "fractions above 0, up to 1")
 
     def asked(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
+        allowed = "[batch, height, width, classes]"
+        _check_rank(golden, (3, 4, 5), "segmentation_iou", allowed)
         num_classes = golden.shape[-1]
-        if golden.ndim < 3:
-            _check_rank(golden, 4, "segmentation_iou", "[batch, height, width, classes]")
         before, after = (_by_image(jnp.argmax(v, axis=-1)) for v in (golden, faulty))
 
         def of_class(number: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -190,10 +199,8 @@ def boxes_iou(x: float, *, score: float = 0.5) -> Criterion:
     def asked(golden: Any, faulty: Any, targets: Any = None) -> jax.Array:
         before, after = _detections(golden), _detections(faulty)
         moved = jax.vmap(functools.partial(_set_changed, x, score))(before, after)
-        nan = [_changed_to_nan(a, b) for a, b in zip(before, after, strict=True)]
         changed = [_changed(a, b) for a, b in zip(before, after, strict=True)]
-        either = functools.partial(functools.reduce, jnp.logical_or)
-        return either(nan) | (moved & either(changed))
+        return moved & functools.reduce(jnp.logical_or, changed)
 
     return asked
 
@@ -213,26 +220,41 @@ def sequence(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.A
     return _changed_to_nan(golden, faulty) | _any(differs)
 
 
-def _any_moves(allowed: Callable[[jax.Array], Any]) -> Criterion:
+def _any_moves(name: str, allowed: Callable[[jax.Array], Any]) -> Criterion:
     def asked(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
-        wide = golden if jnp.issubdtype(golden.dtype, jnp.inexact) else golden.astype(jnp.float32)
-        moved = jnp.abs(faulty.astype(wide.dtype) - wide)
+        _check_rank(golden, None, name, "[batch, ...]")
+        if jnp.issubdtype(golden.dtype, jnp.inexact):
+            wide, moved = golden, jnp.abs(faulty - golden)
+        else:  # as integers: floats are too coarse for their difference
+            up = faulty > golden
+            golden_, faulty_ = (v.astype(_unsigned(golden.dtype)) for v in (golden, faulty))
+            moved = jnp.where(up, faulty_ - golden_, golden_ - faulty_).astype(float)
+            wide = golden.astype(float)
         far = ~(moved <= allowed(wide)) | ~jnp.isfinite(moved)
         return _any(far & _differs(golden, faulty))
 
     return asked
 
 
+def _unsigned(dtype: Any) -> Any:
+    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+
+
 def _detections(outputs: Any) -> tuple[jax.Array, ...]:
     """Boxes, scores, labels."""
-    if isinstance(outputs, Mapping):
-        missing = [name for name in ("boxes", "scores") if name not in outputs]
+    names = ("boxes", "scores", "labels")
+    if type(outputs) not in (tuple, list):  # by name, whatever their order
+        has = (
+            outputs.__contains__
+            if isinstance(outputs, Mapping)
+            else functools.partial(hasattr, outputs)
+        )
+        missing = [name for name in names[:2] if not has(name)]
         if missing:
             raise ValueError(
                 f"the outputs have no {missing[0]!r}: allowed are boxes, scores and labels"
             )
-        parts = [outputs["boxes"], outputs["scores"]]
-        parts += [outputs["labels"]] if "labels" in outputs else []
+        parts = [_of(outputs, name) for name in names if has(name)]
     else:
         parts = [*outputs]
     if len(parts) not in (2, 3) or parts[0].ndim != 3 or parts[0].shape[-1] != 4:
@@ -248,6 +270,8 @@ def _set_changed(x: float, score: float, golden: tuple, faulty: tuple) -> jax.Ar
     (boxes, scores, labels), (other_boxes, other_scores, other_labels) = golden, faulty
     there, others = scores >= score, other_scores >= score
     overlap = _iou(boxes[:, None], other_boxes[None])
+    same = ~_differs(boxes[:, None], other_boxes[None]).any(axis=-1)  # also of no area
+    overlap = jnp.where(same, 1.0, overlap)
     overlap = jnp.where(labels[:, None] == other_labels[None], overlap, -1.0)
 
     def choose(taken: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -262,7 +286,9 @@ def _set_changed(x: float, score: float, golden: tuple, faulty: tuple) -> jax.Ar
 
 
 def _iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Intersection over union of boxes [..., 4] by their corners."""
+    """Intersection over union of boxes [..., 4] by their corners; areas of 16 bits overflow."""
+    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    a, b = a.astype(wide), b.astype(wide)
     low, high = jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])
     both = jnp.prod(jnp.maximum(high - low, 0), axis=-1)
     areas = [jnp.prod(jnp.maximum(box[..., 2:] - box[..., :2], 0), axis=-1) for box in (a, b)]
@@ -271,6 +297,13 @@ def _iou(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _of(outputs: Any, name: str | int) -> Any:
+    if (
+        isinstance(name, str)
+        and "/" in name
+        and not (isinstance(outputs, Mapping) and name in outputs)
+    ):
+        first, _, rest = name.partition("/")
+        return _of(_of(outputs, first), rest)
     try:
         if isinstance(name, str) and not isinstance(outputs, Mapping):
             return getattr(outputs, name)
@@ -312,8 +345,9 @@ def _check(name: str, value: Any, fits: bool, allowed: str) -> None:
         raise ValueError(f"{name} is {value!r}: allowed are {allowed}")
 
 
-def _check_rank(array: Any, rank: int, name: str, allowed: str) -> None:
-    if getattr(array, "ndim", None) != rank:
+def _check_rank(array: Any, rank: int | tuple[int, ...] | None, name: str, allowed: str) -> None:
+    ranks = (rank,) if isinstance(rank, int) else rank
+    if not hasattr(array, "ndim") or (ranks is not None and array.ndim not in ranks):
         shape = getattr(array, "shape", None)
         given = f"an array {list(shape)}" if shape is not None else "several outputs"
         more = "" if shape is not None else f': name one, jaxfi.criteria.on("logits", {name})'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import jaxfi
 from jaxfi import criteria
 
 BATCH = 7
@@ -195,8 +197,68 @@ def test_detections_without_labels_and_with_nan() -> None:
     golden, faulty = detections(1, 0.0)
     for outputs in (golden, faulty):
         del outputs["labels"]
+    for outputs in (golden, faulty):
+        outputs["scores"][3, :2] = 0.9, 0.1
     faulty["boxes"][3, 0, 0] = np.nan
+    faulty["boxes"][4, faulty["scores"][4] < 0.5, 0] = np.nan  # of none that is detected
     assert asked(criteria.boxes_iou(0.5), golden, faulty) == [row == 3 for row in range(BATCH)]
+
+
+def test_detections_of_no_area_and_of_16_bits() -> None:
+    boxes = np.array([[[5.0, 5, 1, 1], [0, 0, 1, 1]]], np.float32)
+    golden = {"boxes": boxes, "scores": np.array([[0.9, 0.2]], np.float32)}
+    moved = {**golden, "boxes": boxes + np.array([[[0.0], [0.25]]], np.float32)}
+    assert asked(criteria.boxes_iou(0.5), golden, moved) == [False]
+    large = np.array([[[0.0, 0, 640, 480]]], np.float16)
+    one = {"boxes": large, "scores": np.ones((1, 1), np.float32)}
+    other = {**one, "boxes": large + np.float16(1)}
+    assert asked(criteria.boxes_iou(0.5), one, other) == [False]
+
+
+def test_detections_by_name_in_any_order() -> None:
+    Found = collections.namedtuple("Found", "boxes labels scores")
+    golden, faulty = detections(1, 0.0)
+    faulty["scores"] = golden["scores"] + np.float32(1e-4)
+    faulty["boxes"], faulty["labels"] = golden["boxes"], golden["labels"]
+    there, here = ({**d} for d in (golden, faulty))
+    named = asked(criteria.boxes_iou(0.5), Found(**there), Found(**here))
+    assert named == asked(criteria.boxes_iou(0.5), golden, faulty)
+
+
+@pytest.mark.parametrize("wide", [2**24, 2**30])
+def test_large_integers_move_by_one(wide: int) -> None:
+    golden, faulty = (
+        jnp.array([[wide], [-wide]], jnp.int32),
+        jnp.array([[wide + 1], [wide]], jnp.int32),
+    )
+    for criterion in (criteria.absolute_error(0.5), criteria.relative_error(0)):
+        assert criterion(golden, faulty, None).tolist() == [True, True]
+    assert criteria.threshold(wide)(golden, faulty, None).tolist() == [True, False]
+    assert criteria.threshold(2.0**40)(golden, faulty, None).tolist() == [False, False]
+
+
+def test_argmax_of_golden_nan() -> None:
+    golden, faulty = np.array([[1, np.nan, 3]], np.float32), np.array([[1, 2, 5]], np.float32)
+    assert asked(criteria.argmax, golden, faulty) == [True]
+    outcome, _ = jaxfi.classify(golden, faulty)
+    assert outcome.tolist() == [2]
+
+
+def test_nested_outputs_have_paths() -> None:
+    golden = {"a": {"b": jnp.array([[0.0, 1.0]])}, "c": jnp.zeros((1, 2))}
+    faulty = {"a": {"b": jnp.array([[2.0, 1.0]])}, "c": jnp.zeros((1, 2))}
+    assert criteria.on("a/b", criteria.argmax)(golden, faulty, None).tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [criteria.relative_error(1), criteria.absolute_error(1), criteria.threshold(1),
+     criteria.segmentation_iou(0.5), criteria.confidence_drop(1), criteria.sequence],
+)  # fmt: skip
+def test_several_outputs_are_named(criterion: criteria.Criterion) -> None:
+    several = {"a": jnp.zeros((1, 2)), "b": jnp.zeros((1, 2))}
+    with pytest.raises(ValueError, match=r"was given several outputs: name one, .*criteria.on"):
+        criterion(several, several, None)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.campaign._anytime import FRESH, Goal, anytime_estimate, draw_until_kept
@@ -512,11 +511,12 @@ def _joined(stages: Sequence[Campaign]) -> Campaign:
     first = stages[0]
     golden = jax.tree.map(np.copy, first.golden)
     images = [campaign.images for campaign in stages if campaign.images is not None]
+    known = first.seen.copy()
     for campaign in stages[1:]:  # of sampled images each stage ran those that its faults saw
+        new = campaign.seen & ~known
         for whole, part in zip(*map(jax.tree.leaves, (golden, campaign.golden)), strict=True):
-            if jnp.issubdtype(whole.dtype, jnp.inexact):
-                unknown = np.isnan(whole).reshape(len(whole), -1).all(axis=1)
-                whole[unknown] = part[unknown]
+            whole[new] = part[new]
+        known |= new
     idle = sum(campaign.num_not_activated for campaign in stages)
     pairs = [c.pairs_correct for c in stages if c.pairs_correct is not None]
     return dataclasses.replace(

@@ -9,7 +9,8 @@ in blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -37,7 +38,9 @@ class Audit(NamedTuple):
       pairs: [n, 2] fault and image of each pair.
       outcomes, due: [n] of the campaign.
       audited, audited_due: [n] of the evaluation.
-      disagreement: share of pairs that differ in outcome or DUE, with its interval (99 %).
+      disagreement: share of pairs that differ in outcome, DUE or a criterion, with its interval
+        (99 %).
+      same_answers: [n] bool, all of the campaign's own criteria are answered alike.
     """
 
     pairs: np.ndarray
@@ -46,11 +49,13 @@ class Audit(NamedTuple):
     audited: np.ndarray
     audited_due: np.ndarray
     disagreement: Estimate
+    same_answers: np.ndarray
 
     @property
     def agrees(self) -> np.ndarray:
         """[n] bool."""
-        return (self.outcomes == self.audited) & (self.due == self.audited_due)
+        same = (self.outcomes == self.audited) & (self.due == self.audited_due)
+        return same & self.same_answers
 
     def __repr__(self) -> str:
         agrees = self.agrees
@@ -89,15 +94,18 @@ def audited(
     num_pairs: int,
     key: int,
     images: np.ndarray | None = None,
+    criteria: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Audit:
     """Evaluates `num_pairs` random pairs, distinct, drawn by `key`; outcomes, due: [F, N], or
-    [F, m] of these `images` [F, m]."""
+    [F, m] of these `images` [F, m]; and so `criteria`."""
     num_pairs = min(num_pairs, outcomes.size)
     generator = np.random.Generator(generator_of(key))
     pairs = np.stack(np.divmod(
         generator.choice(outcomes.size, num_pairs, replace=False), outcomes.shape[1]
     ), axis=1)  # fmt: skip
     there = outcomes[pairs[:, 0], pairs[:, 1]], due[pairs[:, 0], pairs[:, 1]]
+    answered = [met[pairs[:, 0], pairs[:, 1]] for met in criteria.values()]
+    same = np.ones(num_pairs, bool)
     if images is not None:
         pairs[:, 1] = images[pairs[:, 0], pairs[:, 1]]
     batch_size = subject.batches.shape[1]
@@ -118,8 +126,11 @@ def audited(
                 here = (number == batch) & (pairs[:, 0] == row)
                 place = pairs[here, 1] - batch * batch_size
                 found[here], found_due[here] = answers[0][place], answers[1][place]
-    differs = ((found != there[0]) | (found_due != there[1])).astype(float)
-    return Audit(pairs, *there, found, found_due, estimate_rate(differs, 1, outcomes.size))
+                for kept, answer in zip(answered, answers[3:], strict=True):
+                    same[here] &= kept[here] == answer[place]
+    differs = ((found != there[0]) | (found_due != there[1]) | ~same).astype(float)
+    share = estimate_rate(differs, 1, outcomes.size)
+    return Audit(pairs, *there, found, found_due, share, same)
 
 
 def _one_by_one(subject: Subject) -> Callable[[PyTree, int], jax.Array]:

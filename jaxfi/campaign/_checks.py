@@ -25,7 +25,7 @@ from jaxfi.faults._sites import checked_integer
 from jaxfi.network import ApplyFn, Network, trace_network
 from jaxfi.network._frozen import frozen
 from jaxfi.network._graph import num_classes, used_leaves
-from jaxfi.network._images import array_of, held, packed
+from jaxfi.network._images import array_of, canonical, held, packed
 from jaxfi.network._layout import between_arrays, is_tree
 from jaxfi.network._loops import MOST_TURNS, has_open_loop, most_turns
 from jaxfi.network._rows import Certain
@@ -118,6 +118,9 @@ def checked_inputs(
     network = trace_network(of_arrays, params, batch)
     if questions.layout is None:
         count = num_classes(network)
+        own = questions.critical is not None  # the outputs need not be of classes
+        if own and labels is not None and not ((labels >= 0) & (labels < count)).all():
+            labels = None
         labels = None if labels is None else _classes(labels, count)
     used_leaves(network)
     if labels is None or questions.layout is not None:
@@ -134,14 +137,14 @@ def _checked_targets(
     if not asked or not is_tree(labels):
         array = array_of("labels", labels)
         if array.shape == shape and jnp.issubdtype(array.dtype, np.integer):
-            return array, array
+            return array, canonical("labels", array) if asked else None
         if not asked and array.shape != shape:
             raise ValueError(
                 f"labels have shape {array.shape}: allowed is {shape}, one class an image"
             )
         if not asked:
             raise TypeError(f"labels have dtype {array.dtype}: allowed are integers")
-    targets = jax.tree.map(lambda leaf: array_of("labels", leaf), labels)
+    targets = jax.tree.map(lambda leaf: canonical("labels", array_of("labels", leaf)), labels)
     for leaf in jax.tree.leaves(targets):
         if leaf.shape[:1] != shape:
             raise ValueError(

@@ -39,6 +39,7 @@ def fingerprint(setup: Setup, device: jax.Device) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     if questions.digests:
         asked["criteria"] = dict(questions.digests)
+        asked["critical"] = questions.critical_name or "argmax"
         asked["targets_sha256"] = _hash(*jax.tree.leaves(targets))
     if questions.layout is not None:
         asked["outputs"] = questions.layout.describe()

@@ -23,7 +23,7 @@ def lines_of(campaign: Campaign) -> list[str]:
         f"Campaign: {num_faults:,} faults x {num_images:,} images"
         + (f" of {len(campaign.labels):,} each" if campaign.images is not None else ""),
         f"  masked {in_percent(rates.masked)}, not critical {in_percent(rates.non_critical)}, "
-        f"critical {in_percent(rates.critical)} %",
+        f"critical {in_percent(rates.critical)} %" + _meaning(campaign),
         f"  DUE {in_percent(rates.due)} %"
         + (
             f"; accuracy {100 * campaign.clean_accuracy:.2f} % without faults, "
@@ -34,6 +34,12 @@ def lines_of(campaign: Campaign) -> list[str]:
         *(f"  {name} {in_percent(campaign.rate(name))} %" for name in campaign.criteria),
         "  go on: .rates(by='layer'), .rates(by='bit'), .to_pandas(), [rows]; intervals are 99 %",
     ]
+
+
+def _meaning(campaign: Campaign) -> str:
+    """What is critical, where it is not the argmax."""
+    name = campaign.provenance.get("critical", "argmax")
+    return "" if name == "argmax" else f" (by your criterion {name!r})"
 
 
 def html_of(campaign: Campaign) -> str:

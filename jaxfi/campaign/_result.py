@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfi.campaign._audit import Audit, Subject, audited
@@ -104,7 +106,7 @@ class Campaign:
             right = np.zeros(len(self.labels), bool)
             if self._labelled:
                 right = correct_predictions(self.golden, self.labels, self.provenance["nan"])
-            right = np.where(self._seen, right, np.int8(-1)).astype(np.int8)
+            right = np.where(self.seen, right, np.int8(-1)).astype(np.int8)
             seen = Seen(self.images, right, self.faults.leaf)
         return Results(
             self.outcomes, self.due, self.correct, self.pairs_correct, seen, self.criteria,
@@ -116,13 +118,14 @@ class Campaign:
         return bool((self.labels >= 0).any())
 
     @property
-    def _seen(self) -> np.ndarray:
+    def seen(self) -> np.ndarray:
         """[N] bool: images that the fault-free network ran on."""
         if self.images is None:
             return np.ones(len(self.labels), bool)
         seen: Any = np.zeros(len(self.labels), bool)
-        if isinstance(self.golden, np.ndarray) and self.golden.ndim == 2:
-            seen = ~np.isnan(self.golden).all(axis=1)
+        for golden in jax.tree.leaves(self.golden):
+            if jnp.issubdtype(golden.dtype, jnp.inexact):
+                seen |= ~np.isnan(golden).reshape(len(golden), -1).all(axis=1)
         seen[self.images] = True
         return seen
 
@@ -142,7 +145,7 @@ class Campaign:
         without labels."""
         if not self._labelled:
             return math.nan
-        seen = self._seen
+        seen = self.seen
         return accuracy(self.golden[seen], self.labels[seen], self.provenance["nan"])
 
     @property
@@ -280,8 +283,9 @@ class Campaign:
                 "with the same workdir, which continues where that is"
             )
         return audited(
-            self._subject, self.faults, self.outcomes, self.due, num_pairs, key, self.images
-        )
+            self._subject, self.faults, self.outcomes, self.due, num_pairs, key, self.images,
+            self.criteria,
+        )  # fmt: skip
 
     def _of_images(self, images: Any) -> Results:
         """The results on these images alone."""

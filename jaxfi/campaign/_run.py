@@ -49,7 +49,7 @@ from jaxfi.engine._explain import LeafCost, leaf_costs
 from jaxfi.engine._golden import Setup, golden_run, network_function
 from jaxfi.engine._kept import kept
 from jaxfi.engine._plan import mixes_images, part_of_layer, plan_leaves
-from jaxfi.engine._questions import Criterion, check_images_apart
+from jaxfi.engine._questions import Criterion
 from jaxfi.faults._list import FaultList
 from jaxfi.faults._sampling import ExhaustiveFaults
 from jaxfi.faults._transforms import PyTree
@@ -184,9 +184,6 @@ def run_campaign(
         check_last_batch(network, run, batches, len(labels), last)
         warn_of_idle_faults(network, counts)
         warn_of_non_finite(questions, golden)
-        some = slice(numbers[0] * batch_size, (numbers[0] + 1) * batch_size)
-        of_some = jax.tree.map(lambda array: array[some], (golden, labels, targets))
-        check_images_apart(questions, *of_some)
         held = len(batches) if sample is None else sample.batches_of_a_fault()
         plans = chosen_plans(network, plans, costs, programs, first, batch_size, held, num_images)
         setup = Setup(
@@ -335,8 +332,8 @@ class _Work(NamedTuple):
         if self.sample is None:
             return {"golden": golden, "labels": labels}
         own, seen = np.argsort(self.sample.order), self.sample.seen()
-        unseen = np.nan if jax.dtypes.issubdtype(golden.dtype, np.inexact) else 0
-        golden = np.where(seen[:, None], golden[own], np.array(unseen, golden.dtype))
+        nothing = self.setup.questions.nothing(golden)
+        golden = np.where(seen[:, None], golden[own], nothing)
         kept = {"golden": golden, "labels": labels[own]}
         if self.keep == "counts":
             return {**kept, "order": self.sample.order}

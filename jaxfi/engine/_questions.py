@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfi.engine._plan import mixes_images
 from jaxfi.faults._transforms import PyTree, to_words
 from jaxfi.network._frozen import Frozen
-from jaxfi.network._graph import digest_of
+from jaxfi.network._graph import digest_of, is_known_by_digest, trace_network
 from jaxfi.network._layout import Layout, layout_of
+from jaxfi.network._rows import Certain
 from jaxfi.outcomes._outcomes import CRITICAL, MASKED, NON_CRITICAL, Rates, Verdict, judge
 
 Criterion = Callable[[PyTree, PyTree, PyTree], jax.Array]
@@ -23,9 +25,9 @@ image by itself."""
 
 _MOST = 28  # criteria: a pair's answers are one word of 32 bits
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_COLUMNS = (  # of results on disk
-    "row", "path", "index", "element", "bit", "model", "value_before", "value_after", "correct",
-    "outcomes",
+_COLUMNS = (  # of tables
+    "layer", "faults", "name", "num_faults", "row", "path", "index", "element", "bit", "model",
+    "value_before", "value_after", "correct", "outcomes",
 )  # fmt: skip
 
 
@@ -39,6 +41,7 @@ class Questions:
         one array [batch, classes].
       critical: says which changed outputs are critical; None: those whose argmax is another.
       criteria: by name.
+      critical_name: of the criterion that says what is critical; None for the argmax.
       digests: of what each computes, `critical` among them; a campaign's directory names them.
     """
 
@@ -47,6 +50,7 @@ class Questions:
     critical: Criterion | None = None
     criteria: Mapping[str, Criterion] = dataclasses.field(default_factory=dict)
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    critical_name: str | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Questions) and self._key() == other._key()
@@ -55,7 +59,7 @@ class Questions:
         return hash(self._key())
 
     def _key(self) -> tuple:
-        return self.nan, self.layout, self.critical is None, tuple(self.digests.items())
+        return self.nan, self.layout, self.critical_name, tuple(self.digests.items())
 
     @property
     def word(self) -> np.dtype:
@@ -70,6 +74,18 @@ class Questions:
         tree = self.layout.unpack(array)
         leaves = jax.tree.leaves(tree)
         return leaves[0] if len(leaves) == 1 else tree
+
+    def nothing(self, array: np.ndarray) -> np.ndarray:
+        """[1, width] of outputs that are not known: NaN where they are floats."""
+        if self.layout is None:
+            return np.full_like(array[:1], np.nan)
+        leaves = [
+            np.full((1, *shape), np.nan if jnp.issubdtype(dtype, jnp.floating) else 0, dtype)
+            for shape, dtype in zip(
+                self.layout.shapes, map(jnp.dtype, self.layout.dtypes), strict=True
+            )
+        ]
+        return np.asarray(self.layout.pack(leaves))
 
     def holds_nan(self, array: np.ndarray) -> np.ndarray:
         """[n] bool: rows of outputs that hold NaN."""
@@ -143,9 +159,10 @@ def questions_of(
     asked, digests = {}, {}
     for name, function in criteria.items():
         asked[name], digests[name] = _frozen_criterion(name, function, shapes, batch, of_batch)
-    first = next(iter(asked.values()))
-    critical = asked.pop("critical", None if classes else first)
-    return Questions(nan, layout, critical, asked, digests)
+    decides = "critical" if "critical" in asked else None if classes else next(iter(asked))
+    critical = None if decides is None else asked[decides]
+    asked.pop("critical", None)
+    return Questions(nan, layout, critical, asked, digests, decides)
 
 
 def _check_names(criteria: Mapping[str, Criterion]) -> None:
@@ -155,10 +172,11 @@ def _check_names(criteria: Mapping[str, Criterion]) -> None:
         )
     taken = {*Rates._fields, *_COLUMNS} - {"critical"}
     for name, function in criteria.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in taken:
+        fits = isinstance(name, str) and _NAME.fullmatch(name) and name not in taken
+        if not fits or str(name).endswith(("_low", "_high")):
             raise ValueError(
                 f"a criterion is called {name!r}: allowed are names like sdc5, but for "
-                f"{', '.join(sorted(taken))}"
+                f"{', '.join(sorted(taken))}, and those that end in _low or _high"
             )
         if not callable(function):
             raise TypeError(
@@ -201,34 +219,75 @@ def _frozen_criterion(
             f"criterion {name!r} computes something else each time that it is called: allowed are "
             "pure functions of golden outputs, faulty ones and targets"
         )
-    return (lambda golden, faulty, targets: frozen((golden, faulty), targets)), digest
+
+    def ask(golden: Any, faulty: Any, targets: Any) -> jax.Array:
+        return frozen((golden, faulty), targets)
+
+    return _each_by_itself(name, ask, (*both, targets), batch), digest
 
 
-def check_images_apart(questions: Questions, golden: np.ndarray, labels: Any, targets: Any) -> None:
-    """Raises ValueError for a criterion whose answer for an image depends on others of its batch.
+def _each_by_itself(name: str, ask: Criterion, shapes: tuple, batch: int) -> Criterion:
+    """The criterion, if its structure shows that it asks each image by itself; where that cannot be
+    seen it is asked image by image. ValueError where it does not, and for callbacks into Python,
+    of which nothing is seen."""
+    layout = layout_of(f"what criterion {name!r} is asked of", shapes, batch)
 
-    Args:
-      golden: [batch, ...] outputs of a batch, of which each is taken for the next one's.
-      labels, targets: of the batch.
-    """
-    if not questions.digests or len(golden) < 2:
-        return
-    ask = jax.jit(questions.answers)
-    faulty, half = np.roll(golden, 1, axis=0), len(golden) // 2
-    order = np.concatenate([np.arange(half)[::-1], np.zeros(len(golden) - half, int)])
-    moved = jax.tree.map(lambda array: array[order], (golden, faulty, labels, targets))
-    here, there = (np.asarray(ask(*some)) for some in ((golden, faulty, labels, targets), moved))
-    differ = here[order[:half]] ^ there[:half]
-    if differ.any():
-        names = list(questions.digests)
-        for bit, name in enumerate(questions.criteria, 4):
-            if (differ >> bit & 1).any():
-                names = [name]
-                break
+    def of_array(_: dict, packed: jax.Array) -> jax.Array:
+        return ask(*layout.unpack(packed))[:, None]
+
+    network = trace_network(of_array, {}, jax.ShapeDtypeStruct((batch, layout.width), layout.dtype))
+    if not is_known_by_digest(network):
         raise ValueError(
-            f"criterion {names[0]!r} answers for an image by others of its batch: allowed are "
-            "criteria of each image by itself"
+            f"criterion {name!r} calls back into Python, which cannot be told from another call: "
+            "allowed are JAX's own operations"
         )
+    reason = mixes_images(network, [network.image], [])
+    if not reason:
+        return ask
+
+    def by_image(golden: Any, faulty: Any, targets: Any) -> jax.Array:
+        def one(*values: Any) -> jax.Array:
+            return ask(*jax.tree.map(lambda value: value[None], values))[0]
+
+        return jax.vmap(one)(golden, faulty, targets)
+
+    wrong = f"criterion {name!r} answers for an image by others of its batch ({reason})"
+    try:
+        jax.eval_shape(by_image, *shapes)
+    except Exception as error:  # the user's function may raise anything
+        raise ValueError(
+            f"{wrong}, or for one number of images: allowed are criteria of each image by itself, "
+            "of any number"
+        ) from error
+    if isinstance(reason, Certain) or not _agree(ask, by_image, shapes):
+        raise ValueError(f"{wrong}: allowed are criteria of each image by itself")
+    return by_image
+
+
+def _agree(ask: Criterion, by_image: Criterion, shapes: tuple) -> bool:
+    """Whether both answer alike for some random values."""
+    random = np.random.default_rng(0)
+
+    def values(like: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(like.dtype, jnp.inexact):
+            return jnp.asarray(random.normal(size=like.shape), like.dtype)
+        return jnp.asarray(
+            random.integers(0, 2 if like.dtype == bool else 9, like.shape), like.dtype
+        )
+
+    for spread in (1.0, 1e-3):
+        golden, other, targets = jax.tree.map(values, shapes)
+        faulty = jax.tree.map(
+            lambda a, b, spread=spread: (
+                a + jnp.asarray(spread, a.dtype) * b if jnp.issubdtype(a.dtype, jnp.inexact) else b
+            ),
+            golden,
+            other,
+        )
+        here, there = (jax.jit(f)(golden, faulty, targets) for f in (ask, by_image))
+        if not np.array_equal(here, there):
+            return False
+    return True
 
 
 def answers_of(word: np.ndarray, num_criteria: int) -> list[np.ndarray]:

@@ -43,9 +43,9 @@ def packed(name: str, values: Any) -> tuple[np.ndarray, Layout | None]:
     """Values [N, ...] on the host as one array, and of a tree of arrays how; raises as `array_of`,
     and for leaves of unequal N."""
     if not is_tree(values):
-        return _canonical(name, array_of(name, values)), None
+        return canonical(name, array_of(name, values)), None
     tree = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _canonical(part := _part(name, path), array_of(part, leaf)), values
+        lambda path, leaf: canonical(part := _part(name, path), array_of(part, leaf)), values
     )
     leaves = jax.tree.leaves(tree)
     if not leaves:
@@ -58,7 +58,7 @@ def _part(name: str, path: tuple) -> str:
     return f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
 
 
-def _canonical(name: str, array: np.ndarray) -> np.ndarray:
+def canonical(name: str, array: np.ndarray) -> np.ndarray:
     """As JAX would hold it."""
     held_so = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
     if array.dtype.kind in "iu" and (held_so != array).any():
@@ -82,8 +82,8 @@ def packed_shape(images: Any) -> tuple[jax.ShapeDtypeStruct, Layout | None]:
 def images_shape(images: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype, as JAX holds it, of images [N, ...] or of what stands for them; raises as
     `array_of`."""
-    has_shape = hasattr(images, "shape") and hasattr(images, "dtype")
-    shaped = images if has_shape else array_of("images", images)
+    known = isinstance(images, np.ndarray | jax.Array | jax.ShapeDtypeStruct)
+    shaped = images if known else array_of("images", images)
     _check("images", shaped, images)
     return jax.ShapeDtypeStruct(shaped.shape, jax.dtypes.canonicalize_dtype(shaped.dtype))
 

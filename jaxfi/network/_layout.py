@@ -103,7 +103,7 @@ def layout_of(what: str, tree: Any, length: int) -> Layout:
                 f"{what} hold {name} {dtype}{list(shape)}: allowed are arrays whose first axis is "
                 f"the images', [{length}, ...]"
             )
-        _bits(dtype, f"{what} hold {name}: ")
+        _bits(dtype, f"{what} hold {name} of ")
         names.append(name)
         shapes.append(shape[1:])
         dtypes.append(dtype)
@@ -145,8 +145,10 @@ def _bits(dtype: str, where: str = "") -> int:
         return 8
     try:
         return word_bits(dtype)
-    except TypeError as error:
-        raise TypeError(f"{where}{error}") from None
+    except TypeError:
+        raise TypeError(
+            f"{where}{dtype}: allowed are floats, integers and bools of 8 to 64 bits"
+        ) from None
 
 
 def _words(array: Any) -> Any:

@@ -108,6 +108,13 @@ def _elementwise(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None
     )
 
 
+@_rule("bitcast_convert_type")
+def _bitcast(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
+    # To words of another width it has an axis more or less.
+    same = shape_of(equation.invars[0]) == shape_of(equation.outvars[0])
+    return _elementwise(equation, axes) if same else None
+
+
 @_rule("optimization_barrier")
 def _barrier(equation: core.JaxprEqn, axes: Axes) -> tuple[int, Axes] | None:
     return _elementwise(equation, axes) if len(axes) == 1 else None

@@ -198,6 +198,73 @@ def test_the_module_and_settings_stay_as_they_are() -> None:
     assert {k: v for k, v in jax.config.values.items() if v != settings.get(k)} == {}
 
 
+class Keeps(nn.Module):
+    """Counts its calls, keeps what it computed, and writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls, self.kept = nn.Linear(6, 3), 0, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = x.clone() if self.kept is None and x.device.type == "cpu" else x
+        self.kept = self.linear(x)
+        return self.kept * 2
+
+
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.sub_(1.0).div_(2.0))
+
+
+def test_the_module_and_the_example_stay_as_they_are() -> None:
+    module, example = made(Keeps), torch.ones(4, 6)
+    apply_fn, params = from_module(module, example)
+    jaxfi.run_campaign(apply_fn, params, jaxfi.sample_faults(0, params, 5), images_like(6), None)
+    assert module.calls == 0
+    assert module.kept is None
+    from_module(made(Writes), example)
+    assert torch.equal(example, torch.ones(4, 6))
+
+
+def test_what_is_done_to_the_module_later_changes_nothing() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    apply_fn, params = from_module(module.eval(), images_like(6)[:4])
+    before = np.asarray(apply_fn(params, images_like(6)))
+    module.train()
+    module[2] = nn.ReLU()
+    np.testing.assert_array_equal(before, apply_fn(params, images_like(6)))
+
+
+def test_words_that_would_be_cut_and_16_bit_ones() -> None:
+    with pytest.raises(ValueError, match="weight is float64, which JAX cuts to 32 bits"):
+        from_module(made(lambda: nn.Linear(6, 3)).double(), np.ones((2, 6)))
+    narrow = made(lambda: nn.Linear(6, 3)).bfloat16()
+    _, params = from_module(narrow, torch.ones(2, 6, dtype=torch.bfloat16))
+    assert {str(value.dtype) for value in params.values()} == {"bfloat16"}
+    with pytest.raises(ValueError, match="has no parameters"):
+        from_module(made(nn.ReLU), np.ones((2, 6), np.float32))
+
+
+class Attribute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 3), torch.full((3,), 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale
+
+
+def test_plain_attributes_are_to_be_buffers() -> None:
+    with pytest.raises(ValueError, match=r"must be a buffer \(register_buffer\)"):
+        from_module(made(Attribute), images_like(6)[:2])
+
+
 class Branches(Cnn):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.sum() > 0:

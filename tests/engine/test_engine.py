@@ -331,6 +331,7 @@ RULES = {
     "select": (lambda x, y: jnp.where(x > 0, x, y), [(3, 4), (3, 4)], [1, None]),
     "clamp": (lambda x: lax.clamp(-1.0, x, 1.0), [(3, 4)], [0]),
     "convert": (lambda x: x.astype(jnp.bfloat16), [(3, 4)], [1]),
+    "bitcast": (lambda x: lax.bitcast_convert_type(x, jnp.int32), [(3, 4)], [1]),
     "concatenate": (lambda x, y: lax.concatenate([x, y], 0), [(3, 4), (2, 4)], [1, None]),
     "broadcast": (lambda x: lax.broadcast_in_dim(x, (2, 3, 4), (2,)), [(4,)], [0]),
     "broadcast, ones before": (lambda x: lax.broadcast_in_dim(x, (3, 5, 4), (0, 2)), [(3, 4)], [1]),
