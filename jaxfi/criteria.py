@@ -1,8 +1,9 @@
 """Questions to ask of a faulty output beside its outcome: `run_campaign(..., criteria={...})`.
 
 A criterion is a pure function `fn(golden, faulty, targets) -> [batch] bool`: whether the faulty
-outputs of a network meet it, each image by itself. Outputs are as the network returns them, but
-that one array in a container comes alone; targets are what `run_campaign` was given as labels.
+outputs of a network meet it, each image by itself. Outputs are as the network returns them
+(of a dataclass that JAX does not know, a dict); targets are what `run_campaign` was given as
+labels. Of outputs that are one array in a container, those here take that.
 
 Those here are met by a changed output that holds NaN where they look (`boxes_iou` looks at what is
 detected), and never by an output that is golden's to the bit. `on` asks one of a network's several
@@ -82,7 +83,7 @@ def top_k(k: int) -> Criterion:
     _check("k", k, isinstance(k, int) and k >= 1, "integers from 1")
 
     def asked(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
-        _check_rank(golden, 2, "top_k", "[batch, classes]")
+        golden, faulty = _alone("top_k", "[batch, classes]", (2,), golden, faulty)
         if k >= golden.shape[1]:
             raise ValueError(
                 f"top_k({k}) of {golden.shape[1]} classes is never met: allowed is k below that"
@@ -108,7 +109,7 @@ def confidence_drop(x: float, *, logits: bool = True) -> Criterion:
     _check("x", x, x >= 0, "fractions from 0")
 
     def asked(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
-        _check_rank(golden, 2, "confidence_drop", "[batch, classes]")
+        golden, faulty = _alone("confidence_drop", "[batch, classes]", (2,), golden, faulty)
         before, after = (jax.nn.softmax(v) if logits else v for v in (golden, faulty))
         first = jnp.argmax(golden, axis=1)[:, None]
         before, after = (jnp.take_along_axis(v, first, axis=1)[:, 0] for v in (before, after))
@@ -142,7 +143,7 @@ def threshold(x: float) -> Criterion:
     _check("x", x, not math.isnan(x), "numbers")
 
     def asked(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
-        _check_rank(golden, (1, 2), "threshold", "[batch] or [batch, n]")
+        golden, faulty = _alone("threshold", "[batch] or [batch, n]", (1, 2), golden, faulty)
         limit: Any = x
         if jnp.issubdtype(golden.dtype, jnp.integer):  # as integers: floats are too coarse
             ends = jnp.iinfo(golden.dtype)
@@ -165,7 +166,7 @@ def segmentation_iou(x: float) -> Criterion:
 
     def asked(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
         allowed = "[batch, height, width, classes]"
-        _check_rank(golden, (3, 4, 5), "segmentation_iou", allowed)
+        golden, faulty = _alone("segmentation_iou", allowed, (3, 4, 5), golden, faulty)
         num_classes = golden.shape[-1]
         before, after = (_by_image(jnp.argmax(v, axis=-1)) for v in (golden, faulty))
 
@@ -208,21 +209,21 @@ def boxes_iou(x: float, *, score: float = 0.5) -> Criterion:
 def next_token(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
     """The next token is another, by the largest logit: of outputs [batch, positions, vocabulary]
     that of the last position."""
-    _check_rank(golden, 3, "next_token", "[batch, positions, vocabulary]")
+    golden, faulty = _alone("next_token", "[batch, positions, vocabulary]", (3,), golden, faulty)
     return argmax(golden[:, -1], faulty[:, -1])
 
 
 def sequence(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
     """The token of any position is another, by the largest logit: of outputs [batch, positions,
     vocabulary]."""
-    _check_rank(golden, 3, "sequence", "[batch, positions, vocabulary]")
+    golden, faulty = _alone("sequence", "[batch, positions, vocabulary]", (3,), golden, faulty)
     differs = jnp.argmax(golden, axis=-1) != jnp.argmax(faulty, axis=-1)
     return _changed_to_nan(golden, faulty) | _any(differs)
 
 
 def _any_moves(name: str, allowed: Callable[[jax.Array], Any]) -> Criterion:
     def asked(golden: jax.Array, faulty: jax.Array, targets: Any = None) -> jax.Array:
-        _check_rank(golden, None, name, "[batch, ...]")
+        golden, faulty = _alone(name, "[batch, ...]", None, golden, faulty)
         if jnp.issubdtype(golden.dtype, jnp.inexact):
             wide, moved = golden, jnp.abs(faulty - golden)
         else:  # as integers: floats are too coarse for their difference
@@ -345,10 +346,18 @@ def _check(name: str, value: Any, fits: bool, allowed: str) -> None:
         raise ValueError(f"{name} is {value!r}: allowed are {allowed}")
 
 
-def _check_rank(array: Any, rank: int | tuple[int, ...] | None, name: str, allowed: str) -> None:
-    ranks = (rank,) if isinstance(rank, int) else rank
-    if not hasattr(array, "ndim") or (ranks is not None and array.ndim not in ranks):
-        shape = getattr(array, "shape", None)
-        given = f"an array {list(shape)}" if shape is not None else "several outputs"
-        more = "" if shape is not None else f': name one, jaxfi.criteria.on("logits", {name})'
-        raise ValueError(f"{name} is of one array {allowed}, and was given {given}{more}")
+def _alone(
+    name: str, allowed: str, ranks: tuple[int, ...] | None, golden: Any, faulty: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The one array that outputs hold; ValueError for several, or one of another rank."""
+    both = [jax.tree.leaves(outputs) for outputs in (golden, faulty)]
+    (array, *more), (other, *_) = both
+    if more:
+        raise ValueError(
+            f"{name} is of one array {allowed}, and was given several outputs: name one, "
+            f'jaxfi.criteria.on("logits", {name})'
+        )
+    if ranks is not None and jnp.ndim(array) not in ranks:
+        shape = list(jnp.shape(array))
+        raise ValueError(f"{name} is of one array {allowed}, and was given an array {shape}")
+    return array, other

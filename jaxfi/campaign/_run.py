@@ -213,7 +213,8 @@ def run_campaign(
     if isinstance(results, Counts):
         golden, labels = arrays["golden"], arrays["labels"]
         return CampaignCounts(faults, *results, num_images, golden, labels, provenance, sample)
-    arrays["golden"] = questions.outputs(arrays["golden"])
+    if questions.layout is not None:
+        arrays["golden"] = questions.outputs(arrays["golden"])
     audited = Subject(network, params, own_batches, precision, questions, inputs.targets)
     return Campaign(
         faults,

@@ -42,6 +42,7 @@ class Questions:
       critical: says which changed outputs are critical; None: those whose argmax is another.
       criteria: by name.
       critical_name: of the criterion that says what is critical; None for the argmax.
+      container: what the one array [batch, classes] is in, a tree of one leaf.
       digests: of what each computes, `critical` among them; a campaign's directory names them.
     """
 
@@ -51,6 +52,7 @@ class Questions:
     criteria: Mapping[str, Criterion] = dataclasses.field(default_factory=dict)
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     critical_name: str | None = None
+    container: Any = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Questions) and self._key() == other._key()
@@ -69,11 +71,9 @@ class Questions:
 
     def outputs(self, array: Any) -> Any:
         """The outputs as the user's function arranges them, of what the engine sees."""
-        if self.layout is None:
-            return array
-        tree = self.layout.unpack(array)
-        leaves = jax.tree.leaves(tree)
-        return leaves[0] if len(leaves) == 1 else tree
+        if self.layout is not None:
+            return self.layout.unpack(array)
+        return array if self.container is None else jax.tree.unflatten(self.container, [array])
 
     def nothing(self, array: np.ndarray) -> np.ndarray:
         """[1, width] of outputs that are not known: NaN where they are floats."""
@@ -152,17 +152,17 @@ def questions_of(
     floating = len(leaves) == 1 and jnp.issubdtype(leaves[0].dtype, jnp.floating)
     classes = floating and leaves[0].ndim == 2 and leaves[0].shape[1] > 1
     layout = None if classes else layout_of("the outputs", outputs, batch)
-    shapes = leaves[0] if len(leaves) == 1 else outputs
     of_batch = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct((batch, *array.shape[1:]), array.dtype), targets
     )
     asked, digests = {}, {}
     for name, function in criteria.items():
-        asked[name], digests[name] = _frozen_criterion(name, function, shapes, batch, of_batch)
+        asked[name], digests[name] = _frozen_criterion(name, function, outputs, batch, of_batch)
     decides = "critical" if "critical" in asked else None if classes else next(iter(asked))
     critical = None if decides is None else asked[decides]
     asked.pop("critical", None)
-    return Questions(nan, layout, critical, asked, digests, decides)
+    container = jax.tree.structure(outputs) if classes else None
+    return Questions(nan, layout, critical, asked, digests, decides, container)
 
 
 def _check_names(criteria: Mapping[str, Criterion]) -> None:

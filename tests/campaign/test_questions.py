@@ -362,6 +362,8 @@ def test_outputs_of_any_container_and_rank() -> None:
 
     for wrap, criterion in [
         (lambda v: Output(v), criteria.argmax),
+        (lambda v: {"logits": v}, criteria.argmax),
+        (lambda v: {"logits": v}, criteria.on("logits", criteria.argmax)),
         (lambda v: Output(v, v[:, :1]), criteria.on("logits", criteria.argmax)),
         (lambda v: (v, None, v + 1), criteria.on(0, criteria.argmax)),
         (lambda v: v.reshape(-1, 2, 2), of_square),

@@ -374,6 +374,7 @@ def gpt() -> nn.Module:
 @pytest.mark.parametrize(
     "make, asked", [(bert, criteria.argmax), (gpt, criteria.next_token)], ids=["bert", "gpt"]
 )
+@pytest.mark.usefixtures("torchvision")  # which transformers import
 def test_language_networks(make: Callable, asked: criteria.Criterion) -> None:
     random = np.random.default_rng(0)
     mask = np.ones((NUM_IMAGES, 7), np.int64)
