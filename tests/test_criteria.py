@@ -271,7 +271,7 @@ def test_several_outputs_are_named(criterion: criteria.Criterion) -> None:
         (lambda: criteria.boxes_iou(1.5), "x is 1.5"),
         (lambda: criteria.threshold(float("nan")), "x is nan: allowed are numbers"),
         (lambda: criteria.top_k(4)(jnp.zeros((2, 4)), jnp.zeros((2, 4)), None), "is never met"),
-        (lambda: criteria.argmax({"a": 1, "b": 2}, {"a": 1, "b": 2}), r'several outputs: name one, .*on\("logits"'),
+        (lambda: criteria.argmax({"a": 1, "b": 2}, {"a": 1, "b": 2}), "several outputs: name one"),
         (lambda: criteria.next_token(jnp.zeros((2, 4)), jnp.zeros((2, 4))), r"\[2, 4\]"),
         (lambda: criteria.segmentation_iou(0.5)(jnp.zeros((2, 4)), jnp.zeros((2, 4)), None),
          r"\[batch, height, width, classes\]"),
